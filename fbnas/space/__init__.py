@@ -1,0 +1,32 @@
+"""WHAT may be chosen: blocks, search spaces, architectures and the networks built from them."""
+
+from fbnas.space.architecture import Architecture
+from fbnas.space.blocks import BLOCKS, build_block, register_block
+from fbnas.space.network import (
+    Count,
+    Network,
+    NetworkCard,
+    build_network,
+    count,
+    load_network,
+    save_network,
+)
+from fbnas.space.search_space import Layer, SearchSpace, Stage, Stem
+
+__all__ = [
+    "BLOCKS",
+    "Architecture",
+    "Count",
+    "Layer",
+    "Network",
+    "NetworkCard",
+    "SearchSpace",
+    "Stage",
+    "Stem",
+    "build_block",
+    "build_network",
+    "count",
+    "load_network",
+    "register_block",
+    "save_network",
+]

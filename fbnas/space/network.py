@@ -1,0 +1,255 @@
+"""From a space and an architecture to a network, its counts, and its files."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbnas.errors import InputError
+from fbnas.files import atomic_write, read_yaml, write_yaml
+from fbnas.space.architecture import Architecture
+from fbnas.space.blocks import ConvBN, build_block
+from fbnas.space.search_space import SearchSpace
+
+
+class Network(nn.Module):
+    """Stem, one block per layer, head, classifier: (n, c, R, R) images to (n, classes) scores."""
+
+    def __init__(
+        self, stem: nn.Module, layers: list[nn.Module], head: nn.Module, classifier: nn.Module
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.layers = nn.ModuleList(layers)
+        self.head = head
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        for layer in self.layers:
+            features = layer(features)
+        return self.classifier(self.head(features))
+
+
+def build_stem(space: SearchSpace) -> nn.Module:
+    """3x3 conv, BN, ReLU: (n, input_channels, R, R) to (n, stem.channels, R / stride, R / "
+    "stride)."""
+    return ConvBN(space.input_channels, space.stem.channels, kernel=3, stride=space.stem.stride)
+
+
+def build_head(space: SearchSpace) -> nn.Module:
+    """1x1 conv, BN, ReLU: the last layer's channels to `space.head`."""
+    return ConvBN(space.final_channels, space.head)
+
+
+def build_classifier(space: SearchSpace, classes: int) -> nn.Module:
+    """Average pool over the whole map, fully connected: (n, head, s, s) to (n, classes)."""
+    return nn.Sequential(
+        OrderedDict(
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(space.head, classes),
+        )
+    )
+
+
+def build_network(space: SearchSpace, architecture: Architecture, classes: int = 1000) -> Network:
+    """Build the network of an architecture, freshly initialised.
+
+    An architecture that states its own `head` (the published ones do) overrides the space's.
+
+    Raises:
+        InputError: the architecture does not fit the space.
+    """
+    architecture.path(space)
+    space = with_head_of(space, architecture)
+    layers = [
+        build_block(name, layer.in_channels, layer.out_channels, layer.stride)
+        for name, layer in zip(architecture.blocks, space.layers, strict=True)
+    ]
+    network = Network(
+        build_stem(space), layers, build_head(space), build_classifier(space, classes)
+    )
+    return initialise_(network)
+
+
+def with_head_of(space: SearchSpace, architecture: Architecture) -> SearchSpace:
+    """Return the space with the head width that the architecture states, if it states one."""
+    if architecture.head is None or architecture.head == space.head:
+        return space
+    return replace(space, head=architecture.head)
+
+
+def initialise_(module: nn.Module) -> Any:
+    """Initialise in place: He normal (fan out) for convolutions, N(0, 0.01) for linear layers.
+
+    Source: He et al. 2015 (arXiv 1502.01852); the same for every network and the supernet.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.01)
+            nn.init.zeros_(part.bias)
+    return module
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters and multiply-adds of convolutions and linear layers, batch normalisation "
+    "left out."""
+
+    params: int
+    macs: int
+
+
+def count(network: nn.Module, input_shape: tuple[int, int, int]) -> Count:
+    """Count parameters and multiply-adds for one image of `input_shape` (c, h, w).
+
+    The rule that reproduces the published FBNets: weights and biases of convolutions and of the
+    fully connected layer; multiply-adds of the same; nothing else.
+    """
+    params = macs = 0
+
+    def add(module: nn.Module, _: Any, output: Tensor) -> None:
+        nonlocal params, macs
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        bias = 0 if module.bias is None else module.bias.numel()
+        params += module.weight.numel() + bias
+        positions = output.shape[2] * output.shape[3] if isinstance(module, nn.Conv2d) else 1
+        macs += module.weight.numel() * positions
+
+    counted = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [module.register_forward_hook(add) for module in counted]
+    was_training = network.training
+    device = next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *input_shape, device=device))
+    finally:
+        network.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return Count(params, macs)
+
+
+@dataclass(frozen=True)
+class NetworkCard:
+    """What a network's files say about it: how it is built, what it was shown, what it answers.
+
+    `mean` and `std` are per channel, for images scaled to [0, 1].
+    """
+
+    space: SearchSpace
+    architecture: Architecture
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        return (self.space.input_channels, self.space.resolution, self.space.resolution)
+
+
+def save_network(folder: str | Path, network: nn.Module, card: NetworkCard) -> None:
+    """Write `network.yaml` and `weights.safetensors` into `folder`."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    tensors = {
+        key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()
+    }
+    atomic_write(folder / "weights.safetensors", save(tensors))
+    write_yaml(
+        folder / "network.yaml",
+        {
+            "space": card.space.to_dict(),
+            "blocks": list(card.architecture.blocks),
+            "head": card.architecture.head,
+            "provenance": card.architecture.provenance,
+            "class_names": list(card.class_names),
+            "preprocessing": {"mean": list(card.mean), "std": list(card.std)},
+        },
+    )
+
+
+def load_network(folder: str | Path) -> tuple[Network, NetworkCard]:
+    ""
+    """Read a network back, in eval mode; a channel-pruned one gets the widths of its stored weights.
+
+    Raises:
+        InputError: no network there, or files that do not belong together.
+    """
+    folder = Path(folder)
+    content = read_yaml(folder / "network.yaml")
+    try:
+        space = SearchSpace.from_dict(content["space"])
+        architecture = Architecture(
+            tuple(content["blocks"]),
+            space.name,
+            content.get("provenance") or {},
+            content.get("head"),
+        )
+        names = tuple(str(name) for name in content["class_names"])
+        mean, std = (tuple(content["preprocessing"][key]) for key in ("mean", "std"))
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / 'network.yaml'}: {error} is missing or of the wrong kind; expected a file "
+            "written by fbnas train or compress."
+        ) from error
+    network = build_network(space, architecture, classes=len(names))
+    load_weights_(network, folder / "weights.safetensors")
+    return network.eval(), NetworkCard(space, architecture, names, mean, std)
+
+
+def load_weights_(network: nn.Module, path: Path) -> None:
+    """Load a safetensors file in place, resizing the modules to the widths that it holds.
+
+    Raises:
+        InputError: no such file, damaged, or of another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a network's weights.")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: the weights are damaged ({error}); expected a safetensors file. Write "
+            "it again "
+            "with the command that made it."
+        ) from error
+    for name, module in network.named_modules():
+        _resize_(module, {k: tensors.get(f"{name}.{k}") for k in ("weight", "bias")})
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"{path}: the weights belong to another network: {reason}") from error
+
+
+def _resize_(module: nn.Module, stored: dict[str, Tensor | None]) -> None:
+    weight = stored["weight"]
+    parameter = getattr(module, "weight", None)
+    if weight is None or parameter is None or weight.shape == parameter.shape:
+        return
+    if isinstance(module, nn.Conv2d):
+        if module.groups == module.in_channels and module.groups > 1:  # depthwise
+            module.groups = weight.shape[0]
+        module.out_channels = weight.shape[0]
+        module.in_channels = weight.shape[1] * module.groups
+    elif isinstance(module, nn.BatchNorm2d):
+        module.num_features = weight.shape[0]
+        module.running_mean = torch.zeros(weight.shape[0])
+        module.running_var = torch.ones(weight.shape[0])
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    module.weight = nn.Parameter(torch.empty_like(weight))
+    if stored["bias"] is not None:
+        module.bias = nn.Parameter(torch.empty_like(stored["bias"]))
