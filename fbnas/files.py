@@ -20,8 +20,7 @@ CHECKPOINT_VERSION = 1
 
 
 def write_through(path: Path | str, write: Callable[[IO[bytes]], Any]) -> None:
-    ""
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
+    """Let `write` fill a temporary file beside `path`, flush it, then rename it over `path`.
 
     A crash, a kill or a full disk leaves the previous file untouched.
 

@@ -178,8 +178,7 @@ def save_network(folder: str | Path, network: nn.Module, card: NetworkCard) -> N
 
 
 def load_network(folder: str | Path) -> tuple[Network, NetworkCard]:
-    ""
-    """Read a network back, in eval mode; a channel-pruned one gets the widths of its stored weights.
+    """Read a network back, in eval mode; a pruned one gets the widths of its stored weights.
 
     Raises:
         InputError: no network there, or files that do not belong together.

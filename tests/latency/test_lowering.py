@@ -83,7 +83,7 @@ def test_module_is_left_in_its_mode_and_with_its_weights(tmp_path: Path) -> None
 
 
 def test_operation_without_onnx_form_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="ChannelShuffle has no ONNX form .*channel_shuffle"):
+    with pytest.raises(InputError, match=r"ChannelShuffle has no ONNX form .*channel_shuffle"):
         write_onnx(nn.ChannelShuffle(2), SHAPE, tmp_path / "x.onnx")
     assert not (tmp_path / "x.onnx").exists()
 
