@@ -1,0 +1,135 @@
+"""ONNX files of whole networks: written with what it takes to use them, checked against torch."""
+
+import copy
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbnas import __version__
+from fbnas.errors import InputError
+from fbnas.export.session import open_session, run
+from fbnas.files import atomic_write
+from fbnas.latency.lowering import write_onnx
+from fbnas.space.network import NetworkCard
+
+# Rounding differs with the order of sums; measured over the published FBNets at 224: below 1e-5.
+TOLERANCE = 1e-3
+METADATA_PREFIX = "fbnas."
+PARITY_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The file, and how far its scores are from torch's on the images both were shown.
+
+    `max_error` is the largest difference of two scores, relative to the largest score in size;
+    `argmax_agreement` the fraction of images that both give the same class.
+    """
+
+    path: Path
+    bytes: int
+    max_error: float
+    argmax_agreement: float
+
+
+def export_onnx(
+    network: nn.Module,
+    path: Path | str,
+    *,
+    card: NetworkCard | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    images: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+) -> ExportReport:
+    """Write a network as ONNX, "images" (batch, c, h, w) to "scores" (batch, classes), any batch.
+
+    The file appears only after its scores agree with torch's.
+
+    Args:
+        card: goes into the file's metadata, and gives the input shape.
+        input_shape: (c, h, w), where there is no card.
+        images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
+        tolerance: the largest `max_error` that is accepted.
+
+    Raises:
+        InputError: neither card nor input shape, or an operation that ONNX has no form for.
+        RuntimeError: the file disagrees with torch; it is not kept.
+    """
+    shape = card.input_shape if card is not None else input_shape
+    if shape is None:
+        raise InputError("export_onnx got neither card nor input_shape; expected one of them.")
+    if images is None:
+        images = torch.randn(PARITY_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+    path = Path(path)
+    metadata = {} if card is None else _metadata(card)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "network.onnx"
+        write_onnx(network, shape, written, batch=None, metadata=metadata)
+        error, agreement = _compare(network, written, images)
+        if not error <= tolerance:  # a NaN is no agreement
+            raise RuntimeError(
+                f"{path} was not written: its scores differ from torch's by {error:.1e} of the "
+                f"largest (tolerance {tolerance:.0e}) over {len(images)} images; an operation of "
+                "the network is exported wrongly."
+            )
+        atomic_write(path, written.read_bytes())
+    return ExportReport(path, path.stat().st_size, error, agreement)
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """Return what `export_onnx` stored; empty for a file that fbnas did not write.
+
+    Keys: version, space (name), architecture (list of block names), preprocessing (mean, std,
+    resolution, channels; mean and std for images scaled to [0, 1]), class_names.
+
+    Raises:
+        InputError: no such file, or not a whole ONNX file.
+    """
+    stored = open_session(path, optimise=False).get_modelmeta().custom_metadata_map
+    try:
+        return {
+            key.removeprefix(METADATA_PREFIX): json.loads(value)
+            for key, value in stored.items()
+            if key.startswith(METADATA_PREFIX)
+        }
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: its metadata are edited ({error}); expected JSON as fbnas export writes it. "
+            "Export the network again."
+        ) from error
+
+
+def _metadata(card: NetworkCard) -> dict[str, str]:
+    channels, resolution, _ = card.input_shape
+    content = {
+        "version": __version__,
+        "space": card.space.name,
+        "architecture": list(card.architecture.blocks),
+        "preprocessing": {
+            "mean": list(card.mean),
+            "std": list(card.std),
+            "resolution": resolution,
+            "channels": channels,
+        },
+        "class_names": list(card.class_names),
+    }
+    return {METADATA_PREFIX + key: json.dumps(value) for key, value in content.items()}
+
+
+def _compare(network: nn.Module, path: Path, images: Tensor) -> tuple[float, float]:
+    """Return (largest relative difference, fraction of equal classes) of a file against torch."""
+    reference = copy.deepcopy(network).cpu().float().eval()
+    images = images.cpu().float()
+    with torch.no_grad():
+        expected = reference(images)
+    # One image first, then the rest: the file must take any batch size.
+    session = open_session(path)
+    found = torch.cat([run(session, part) for part in (images[:1], images[1:]) if len(part)])
+    error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    agreement = (found.argmax(1) == expected.argmax(1)).float().mean()
+    return float(error), float(agreement)
