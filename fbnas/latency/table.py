@@ -1,0 +1,213 @@
+"""LatencyTable: what every block costs on one device, as a CSV file that a person can read.
+
+A row per block and shape; `stem`, `head`, `classifier` and `overhead` (what a run costs that does
+nothing) are rows too. The header says where the numbers come from. Torch is imported only by
+`tensor`, so that the report reads tables without it.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fbnas.errors import InputError
+from fbnas.files import atomic_write
+from fbnas.latency.table_file import Entry, Shape, check_header, parse, read_text, render
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fbnas.space import SearchSpace
+
+OVERHEAD = Shape("overhead", 1, 1, 1, 1, 1)
+
+
+class LatencyTable:
+    """Latencies of blocks on one device, at one precision, number of threads and batch size."""
+
+    def __init__(
+        self, header: Mapping[str, str], entries: Iterable[Entry], *, path: Path | None = None
+    ) -> None:
+        """Hold rows and where they come from.
+
+        Args:
+            header: at least device, runtime, precision, threads, batch and noise_floor.
+
+        Raises:
+            InputError: a header value that is missing or wrong, a row that comes twice.
+        """
+        self.header = {key: str(value) for key, value in header.items()}
+        self.entries = tuple(entries)
+        self.path = path
+        check_header(self.header, self.name)
+        self._by_shape: dict[Shape, Entry] = {}
+        for entry in self.entries:
+            if entry.shape in self._by_shape:
+                raise InputError(f"{self.name}: {entry.shape} comes twice; keep one of the rows")
+            self._by_shape[entry.shape] = entry
+
+    @classmethod
+    def load(cls, path: Path | str) -> "LatencyTable":
+        """Read a table.
+
+        Raises:
+            InputError: anything that is wrong in it, with file and line.
+        """
+        path = Path(path)
+        header, entries = parse(path, read_text(path))
+        return cls(header, entries, path=path)
+
+    def save(self, path: Path | str) -> None:
+        """Write the table in one step and remember the path; `load` returns an equal table."""
+        atomic_write(path, render(self.header, self.entries))
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path else f"the table of {self.header.get('device', '?')}"
+
+    @property
+    def device(self) -> str:
+        return self.header["device"]
+
+    @property
+    def runtime(self) -> str:
+        return self.header["runtime"]
+
+    @property
+    def precision(self) -> str:
+        return self.header["precision"]
+
+    @property
+    def threads(self) -> int:
+        return int(self.header["threads"])
+
+    @property
+    def batch(self) -> int:
+        return int(self.header["batch"])
+
+    @property
+    def noise_floor(self) -> float:
+        """How much a latency differs when measured again, typically: a fraction."""
+        return float(self.header["noise_floor"])
+
+    @property
+    def correction(self) -> tuple[float, float]:
+        """(scale, base in ms) that `tensor` applies; (1, 0) for a table that was not calibrated."""
+        scale = float(self.header.get("correction_scale", 1.0))
+        return scale, float(self.header.get("correction_base_ms", 0.0))
+
+    def __contains__(self, shape: object) -> bool:
+        return shape in self._by_shape
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LatencyTable):
+            return NotImplemented
+        mine, theirs = ({**table.header, "format": "", "rows": ""} for table in (self, other))
+        return mine == theirs and self.entries == other.entries
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def lookup(  # noqa: PLR0917  the columns of a row, in their order
+        self,
+        block: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        height: int,
+        width: int,
+        *,
+        space: str = "NAME",
+    ) -> Entry:
+        """Return the row of a block at a shape, as measured; `space` names one that needs it.
+
+        Raises:
+            InputError: the table does not hold it; the line holds the command that measures it.
+        """
+        shape = Shape(block, in_channels, out_channels, stride, height, width)
+        if shape not in self._by_shape:
+            self._refuse(shape, space)
+        return self._by_shape[shape]
+
+    def _refuse(self, missing: Shape, space: str, *, classes: int | None = None) -> NoReturn:
+        command = f"fbnas profile space={space} device={self.device}"
+        command += f" device.precision={self.precision}" if self.precision != "fp32" else ""
+        command += f" device.threads={self.threads}" if self.threads != 1 else ""
+        command += f" classes={classes}" if classes is not None else ""
+        held = f"{len(self.entries)} rows for space {self.header.get('space', '?')}"
+        raise InputError(
+            f"No latency for {missing} in {self.name}, which holds {held}. "
+            f"Measure it: {command} table={self.path or 'FILE'}"
+        )
+
+    def tensor(self, space: "SearchSpace", *, classes: int | None = None) -> tuple["Tensor", float]:
+        """Return what the search needs: LAT(a) = base + sum over layers of latency[layer, block].
+
+        Every row was measured in a run of its own, a network is one run: the overhead of a run is
+        taken from each row and added once to the base. Without that, networks of 0.03 to 0.3 ms are
+        predicted 27 % too slow, with it 5 % (space quickstart, 2-core x86). A calibrated table's
+        correction is then applied: latency * scale, base * scale + correction_base_ms.
+
+        Args:
+            classes: which classifier; None takes the only one that fits, or that of 1000 classes.
+
+        Returns:
+            Latency in ms, (layers, blocks) float64, nan where a block is not offered; base in ms:
+            stem, head, classifier and overhead.
+
+        Raises:
+            InputError: a shape that the table does not hold.
+        """
+        import torch
+
+        latency_ms = torch.full((len(space.layers), len(space.blocks)), torch.nan).double()
+        for layer in space.layers:
+            shape = (layer.in_channels, layer.out_channels, layer.stride, layer.height, layer.width)
+            for block in layer.blocks:
+                entry = self.lookup(block, *shape, space=space.name)
+                latency_ms[layer.index, space.blocks.index(block)] = self._added_ms(entry)
+        fixed = (self._stem(space), self._head(space), self._classifier(space, classes))
+        base_ms = self.overhead_ms + sum(self._added_ms(entry) for entry in fixed)
+        scale, correction_base_ms = self.correction
+        return latency_ms * scale, base_ms * scale + correction_base_ms
+
+    @property
+    def overhead_ms(self) -> float:
+        """What a run costs that does nothing; 0 where it was not measured."""
+        overhead = self._by_shape.get(OVERHEAD)
+        return overhead.latency_ms if overhead else 0.0
+
+    def _added_ms(self, entry: Entry) -> float:
+        """What a row adds to a network."""
+        return max(entry.latency_ms - self.overhead_ms, 0.0)
+
+    def _stem(self, space: "SearchSpace") -> Entry:
+        side = space.resolution
+        ends = (space.input_channels, space.stem.channels, space.stem.stride)
+        return self.lookup("stem", *ends, side, side, space=space.name)
+
+    def _head(self, space: "SearchSpace") -> Entry:
+        side = space.final_size
+        return self.lookup(
+            "head", space.final_channels, space.head, 1, side, side, space=space.name
+        )
+
+    def _classifier(self, space: "SearchSpace", classes: int | None) -> Entry:
+        side = space.final_size
+        fitting = {
+            entry.shape.out_channels: entry
+            for entry in self.entries
+            if entry.shape
+            == Shape("classifier", space.head, entry.shape.out_channels, 1, side, side)
+        }
+        if classes is None and len(fitting) == 1:
+            return next(iter(fitting.values()))
+        if classes is None and len(fitting) > 1 and 1000 not in fitting:
+            raise InputError(
+                f"{self.name} holds classifiers of {sorted(fitting)} classes; expected one, or one "
+                "of 1000: say which with classes=N"
+            )
+        wanted = 1000 if classes is None else classes
+        if wanted not in fitting:
+            missing = Shape("classifier", space.head, wanted, 1, side, side)
+            self._refuse(missing, space.name, classes=wanted)
+        return fitting[wanted]
