@@ -22,6 +22,8 @@ class Trained:
 def fit(network: nn.Module, data: Data, *, epochs: int, rate: float = 0.05) -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a network gains nothing from more
     network.train()
     for _ in range(epochs):
         shown = batches(
@@ -32,6 +34,7 @@ def fit(network: nn.Module, data: Data, *, epochs: int, rate: float = 0.05) -> N
             nn.functional.cross_entropy(network(images), labels).backward()
             optimizer.step()
     network.eval()
+    torch.set_num_threads(threads)
 
 
 def accuracy(network: nn.Module, data: Data) -> float:

@@ -8,7 +8,7 @@ import torch
 from conftest import Trained, accuracy, fit
 from torch import Tensor, nn
 
-from fbnas.compression import ChannelPruning, CompressionReport, compress_
+from fbnas.compression import ChannelPruning, ChannelSet, CompressionReport, compress_
 from fbnas.compression.pruning import IMPORTANCES, prune_
 from fbnas.errors import InputError
 from fbnas.space import (
@@ -104,6 +104,44 @@ def test_dead_channels_leave_without_a_trace(blocks: tuple[str, ...]) -> None:
     assert expected.std() > 0
     assert channel_counts(network) == [channels // 2 for channels in before]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def silence_removed_(network: Network, changes: tuple[ChannelSet, ...]) -> None:
+    """Silence in the whole network what the report says was removed from the pruned one."""
+    for change in changes:
+        alive = torch.ones(change.before, dtype=torch.bool)
+        alive[list(change.removed)] = False
+        if change.layer == "head.0":
+            silence_(network.head, alive)
+            continue
+        part, number = change.layer.split(".")[:2]
+        layer = SPACE.layers[0 if part == "stem" else int(number)]
+        if "depthwise" in change.layer:
+            block = network.layers[layer.index]
+            silence_(block.depthwise, alive)
+            places = torch.arange(change.before).float().view(1, -1, 1, 1)
+            source = block.shuffle(places).flatten().long()
+            silence_(block.expand, alive[source.argsort()])
+            continue
+        for other, block in zip(SPACE.layers, network.layers, strict=True):
+            if other.stage == layer.stage and not isinstance(block, nn.Identity):
+                silence_(block.project if hasattr(block, "project") else block, alive)
+        if layer.stage == 0:
+            silence_(network.stem, alive)
+
+
+@pytest.mark.parametrize("blocks", CHAINS, ids=" ".join)
+def test_pruning_equals_silencing_the_removed_channels(blocks: tuple[str, ...]) -> None:
+    network = network_of(blocks)
+    pruned = copy.deepcopy(network)
+    method = ChannelPruning(ratio=0.4, importance="random", round_to=4)
+    report = compress_(pruned, method, input_shape=SHAPE)
+    silence_removed_(network, report.changes)
+    assert report.after.params < report.before.params
+    with torch.no_grad():
+        expected = network(images())
+        torch.testing.assert_close(pruned(images()), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0
 
 
 @pytest.mark.parametrize("global_", [False, True], ids=["local", "global"])
