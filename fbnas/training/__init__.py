@@ -1,0 +1,26 @@
+"""Data, and the training of one network."""
+
+from fbnas.training.data import Data, batches, load_data, split_for_search
+from fbnas.training.evaluation import evaluate, recalibrate_bn
+from fbnas.training.images import Images, Subset, TensorImages
+from fbnas.training.interrupt import stop_on_signal
+from fbnas.training.loop import TrainingResult, train
+from fbnas.training.settings import TrainingSettings
+from fbnas.training.state import TrainingDiverged
+
+__all__ = [
+    "Data",
+    "Images",
+    "Subset",
+    "TensorImages",
+    "TrainingDiverged",
+    "TrainingResult",
+    "TrainingSettings",
+    "batches",
+    "evaluate",
+    "load_data",
+    "recalibrate_bn",
+    "split_for_search",
+    "stop_on_signal",
+    "train",
+]

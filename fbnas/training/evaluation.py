@@ -1,0 +1,58 @@
+"""What a network is judged by: loss and accuracy, after BN statistics that are its own."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fbnas.training.data import batches
+from fbnas.training.images import Images
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    images: Images,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> tuple[float, float]:
+    """Return mean cross-entropy (nats) and accuracy (0 to 1) in eval mode; the mode is put back."""
+    was_training = network.training
+    network.eval()
+    loss = correct = torch.zeros((), dtype=torch.float64, device=device)
+    for x, labels in batches(images, batch_size, device=device, mean=mean, std=std):
+        scores = network(x).float()
+        loss = loss + F.cross_entropy(scores, labels, reduction="sum").double()
+        correct = correct + (scores.argmax(1) == labels).sum()
+    network.train(was_training)
+    return float(loss) / len(images), float(correct) / len(images)
+
+
+@torch.no_grad()
+def recalibrate_bn(
+    module: nn.Module,
+    forward: Callable[[Tensor], object],
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> None:
+    """Estimate all BN statistics of `module` anew: their plain mean over the batches given.
+
+    `forward` runs one batch of images through whatever part of the module is meant, a supernet's
+    path for one; BN layers it does not visit are left reset. `batches`: (images, labels) as
+    `batches()` yields.
+    """
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    was_training = module.training
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's word for a cumulative mean
+    module.train()
+    for images, _ in batches:
+        forward(images)
+    module.train(was_training)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
