@@ -62,6 +62,11 @@ class Calibration:
     noise_floor: float
     networks: tuple[MeasuredNetwork, ...]
 
+    @property
+    def helps(self) -> bool:
+        """Whether the correction came closer to the networks that it was not fitted on."""
+        return self.error_after < self.error_before
+
     def as_dict(self) -> dict[str, Any]:
         """Return the form of `calibration` in result.json."""
         return {

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         try:
             model = runtime.load(job_dir / name, job["threads"])
             repeats.append(warm_up(runtime, model))
-        except (RuntimeError, ValueError, OSError) as error:
+        except ValueError as error:
             reason = " ".join(str(error).split())
             print(f"{name} cannot be run by {runtime.NAME}: {reason}", file=sys.stderr)
             return 2

@@ -7,7 +7,8 @@ A runtime file is a module with
     available() -> bool, version() -> str
     compile(module, input_shape, path, *, precision, batch, calibration)   on the host: a model file
     load(path, threads) -> model, run(model)                               on the device: runner.py
-and imports nothing of fbnas at its top, because runner.py loads the file by itself.
+`load` raises ValueError for what is no model of the runtime. The file imports nothing of fbnas at
+its top, because runner.py loads it by itself.
 """
 
 import importlib

@@ -57,8 +57,13 @@ def compile(
 
 
 def load(path: Path, threads: int) -> Any:
-    """Return a session with its input bound: what remains in `run` is the runtime's own work."""
+    """Return a session with its input bound: what remains in `run` is the runtime's own work.
+
+    Raises:
+        ValueError: not a model that ONNX Runtime can load and run.
+    """
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -69,16 +74,29 @@ def load(path: Path, threads: int) -> Any:
     # Idle threads that spin would steal the cores from the next model to be timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    errors = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf)
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        model = session, _bind(session)
+        run(model)
+    except (*errors, ort.NotImplemented, ort.NoSuchFile, ort.RuntimeException) as error:
+        raise ValueError(str(error)) from error
+    return model
+
+
+def _bind(session: Any) -> Any:
+    """Bind random images, one where the batch is open, and room for the answers."""
     binding = session.io_binding()
     generator = np.random.default_rng(0)
     for argument in session.get_inputs():
-        shape = [size if isinstance(size, int) else 1 for size in argument.shape]  # dynamic: 1
+        shape = [size if isinstance(size, int) else 1 for size in argument.shape]
         images = generator.standard_normal(shape, dtype=np.float32)
         binding.bind_cpu_input(argument.name, images)
     for result in session.get_outputs():
         binding.bind_output(result.name, "cpu")
-    return session, binding
+    return binding
 
 
 def run(model: Any) -> None:

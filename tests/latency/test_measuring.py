@@ -1,0 +1,180 @@
+"""Measuring for real on this machine: a process of its own, killed and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fbnas.errors import InputError
+from fbnas.latency import runner
+from fbnas.latency.devices import Device
+from fbnas.latency.runtimes import RUNTIMES, available_runtime, runtime
+
+ROOT = Path(__file__).parents[2]
+LONG_JOB = """
+import sys; from pathlib import Path; from fbnas.latency.devices import Device
+files = sorted(Path(sys.argv[1]).glob("*.onnx"))
+Device().measure(files, rounds=int(sys.argv[3]), work=Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    paths = []
+    for width in (1, 64):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 8, 3))
+        paths.append(folder / f"{width:03d}.onnx")
+        Device().compile(module, (3, 32, 32), paths[-1])
+    return paths
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited a minute in vain"
+        time.sleep(0.02)
+
+
+def finished_rounds(work: Path) -> int:
+    path = work / "timings.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def start(files: list[Path], work: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", LONG_JOB, str(files[0].parent), str(work), "200000"]
+    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    wait_for(lambda: finished_rounds(work) >= 3)
+    return parent
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_runtime_measures_at_each_of_its_precisions(
+    name: str, threads: int, tmp_path: Path
+) -> None:
+    for precision in runtime(name).PRECISIONS:
+        device = Device(runtime=name, precision=precision, threads=threads)
+        path = tmp_path / f"{precision}{runtime(name).SUFFIX}"
+        device.compile(nn.Conv2d(3, 4, 3), (3, 8, 8), path)
+        measurement = device.measure([path], rounds=3)
+        timing = measurement.timings[0]
+        assert 0 < timing.low_ms <= timing.latency_ms <= timing.high_ms
+        assert timing.samples >= 3
+
+
+def test_more_work_takes_longer(files: list[Path]) -> None:
+    narrow, wide = Device().measure(files, rounds=5).timings
+    assert narrow.latency_ms * 2 < wide.latency_ms  # 64 times the multiply-adds
+
+
+def test_a_killed_parent_takes_the_child_along_and_the_job_continues(
+    files: list[Path], tmp_path: Path
+) -> None:
+    parent = start(files, tmp_path)
+    (child,) = children(parent.pid)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not runs(child))
+    with (tmp_path / "timings.jsonl").open("a") as timings:
+        timings.write('{"round": 99, "ms": [0.')  # what a kill in mid-line leaves
+    before = (tmp_path / "timings.jsonl").read_text().splitlines()[:-1]
+    measurement = Device().measure(files, rounds=len(before) + 2, work=tmp_path)
+    after = (tmp_path / "timings.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert len(measurement.samples_ms) >= len(before) + 2
+    assert [json.loads(line)["round"] for line in after] == list(range(len(after)))
+
+
+def test_ctrl_c_ends_the_child(files: list[Path], tmp_path: Path) -> None:
+    parent = start(files, tmp_path)
+    (child,) = children(parent.pid)
+    parent.send_signal(signal.SIGINT)
+    _, errors = parent.communicate(timeout=60)
+    assert errors.decode().rstrip().endswith("KeyboardInterrupt")
+    assert not runs(child)
+
+
+def test_a_killed_child_is_reported(files: list[Path], tmp_path: Path) -> None:
+    parent = start(files, tmp_path)
+    os.kill(children(parent.pid)[0], signal.SIGKILL)
+    _, errors = parent.communicate(timeout=60)
+    assert "RuntimeError: the measuring process ended early (exit code -9)" in errors.decode()
+
+
+def test_finished_rounds_are_kept_and_another_jobs_rounds_are_not(
+    files: list[Path], tmp_path: Path
+) -> None:
+    def measured(rounds: int, seed: int) -> np.ndarray:
+        return Device().measure(files, rounds=rounds, seed=seed, work=tmp_path).samples_ms
+
+    first = measured(3, seed=0)
+    steps: list[int] = []
+    more = Device().measure(files, rounds=8, work=tmp_path, progress=steps.append).samples_ms
+    assert np.array_equal(more[:3], first[:3], equal_nan=True)
+    assert steps[0] >= 3
+    assert sum(steps) == 8
+    assert not np.array_equal(measured(3, seed=1)[:3], first[:3])
+
+
+def test_wrong_input_is_refused(files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rounds is 1; expected at least 2"):
+        Device().measure(files, rounds=1)
+    with pytest.raises(InputError, match=r"none\.onnx: no such model file"):
+        Device().measure([tmp_path / "none.onnx"])
+    (tmp_path / "cut.onnx").write_bytes(files[0].read_bytes()[:200])
+    with pytest.raises(InputError, match=r"cut\.onnx cannot be run by onnxruntime: .*expected a"):
+        Device().measure([tmp_path / "cut.onnx"])
+    with pytest.raises(InputError, match=r"Unknown precision 'in8'. Did you mean 'int8'\?"):
+        Device(precision="in8")
+    with pytest.raises(InputError, match="Unknown runtime 'onnx'. Did you mean 'onnxruntime'"):
+        Device(runtime="onnx")
+    with pytest.raises(InputError, match="threads is 0; expected a whole number from 1"):
+        Device(threads=0)
+    with pytest.raises(InputError, match="Unknown device option 'thread'. Did you mean 'threads'"):
+        Device.from_dict({"thread": 2})
+    assert Device.from_dict({"name": "x", "threads": 2}) == Device(name="x", threads=2)
+
+
+def test_a_runtime_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime("onnxruntime"), "available", lambda: False)
+    with pytest.raises(InputError, match="not installed here; install it: pip install onnxruntime"):
+        available_runtime("onnxruntime")
+
+
+def test_unstable_models_are_those_whose_halves_disagree() -> None:
+    steady, drifting = [5.0] * 8, [5.0] * 4 + [6.0] * 4
+    rounds: list[list[float | None]] = [list(pair) for pair in zip(steady, drifting, strict=True)]
+    assert runner.unstable(rounds) == [1]
+    assert runner.unstable([*rounds, *([[None, 5.0]] * 8)]) == []
+
+
+def test_short_models_are_repeated_within_a_visit() -> None:
+    class Timed:
+        @staticmethod
+        def run(seconds: float) -> None:
+            time.sleep(seconds)
+
+    assert runner.warm_up(Timed, 0.01) == 1  # type: ignore[arg-type]
+    assert runner.warm_up(Timed, 0.0) > 1  # type: ignore[arg-type]
