@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Trained, accuracy, fit
+from digits_network import Trained, accuracy, fit
 from torch import Tensor, nn
 
 from fbnas.compression import ChannelPruning, ChannelSet, CompressionReport, compress_

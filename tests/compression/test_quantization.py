@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Trained
+from digits_network import Trained
 from torch import Tensor
 
 from fbnas.compression import ChannelPruning, StaticQuantization, compress_, quantize_file
