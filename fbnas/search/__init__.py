@@ -1,0 +1,27 @@
+"""HOW the choice is learned: supernet, theta, objectives, the alternating loop, selection."""
+
+from fbnas.search.distribution import ArchitectureDistribution
+from fbnas.search.logbook import Learned, read_result, read_supernet
+from fbnas.search.loop import SearchResult, SearchSettings, Target, search
+from fbnas.search.objectives import OBJECTIVES, build_objective
+from fbnas.search.ranking import rank_by_shared_weights
+from fbnas.search.selection import check_budget, latency_range, most_probable_within
+from fbnas.search.supernet import Supernet
+
+__all__ = [
+    "OBJECTIVES",
+    "ArchitectureDistribution",
+    "Learned",
+    "SearchResult",
+    "SearchSettings",
+    "Supernet",
+    "Target",
+    "build_objective",
+    "check_budget",
+    "latency_range",
+    "most_probable_within",
+    "rank_by_shared_weights",
+    "read_result",
+    "read_supernet",
+    "search",
+]

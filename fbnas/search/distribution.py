@@ -1,0 +1,110 @@
+"""ArchitectureDistribution: theta, and everything that is computed from theta alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fbnas.space.architecture import Architecture
+from fbnas.space.search_space import SearchSpace
+
+
+class ArchitectureDistribution(nn.Module):
+    """P_theta(a) = prod_l softmax(theta_l)[a_l] (Wu et al. 2019, section 3.2), layers independent.
+
+    `logits` is theta, (layers, blocks), zero at first: every block equally likely. Blocks that a
+    layer does not offer have probability 0 and receive no gradient.
+    """
+
+    offered: Tensor
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__()
+        self.space = space
+        self.logits = nn.Parameter(torch.zeros(len(space.layers), len(space.blocks)))
+        self.register_buffer("offered", space.offered.clone(), persistent=False)
+
+    def masked_logits(self) -> Tensor:
+        """Theta with -inf where a block is not offered: (layers, blocks)."""
+        return self.logits.masked_fill(~self.offered, -torch.inf)
+
+    def probabilities(self) -> Tensor:
+        """softmax(theta_l)_i: (layers, blocks), rows sum to 1."""
+        return self.masked_logits().softmax(dim=1)
+
+    def log_probabilities(self) -> Tensor:
+        """log softmax(theta_l)_i: (layers, blocks), -inf where not offered."""
+        return self.masked_logits().log_softmax(dim=1)
+
+    def gates(
+        self, tau: float, *, hard: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw m_l = softmax((theta_l + g_l) / tau) with g ~ Gumbel(0, 1): (layers, blocks).
+
+        With `hard` the gates are the one-hot of the largest entry and the gradient is that of the
+        relaxed gates (straight-through).
+        Source: Jang et al. 2016 (arXiv 1611.01144), equation 2 and section 2.2.
+
+        Raises:
+            ValueError: tau is not positive.
+        """
+        if not tau > 0:
+            raise ValueError(f"tau is {tau}; expected a positive temperature.")
+        # -log of an Exponential(1) draw is a Gumbel(0, 1) draw, and never infinite.
+        noise = -torch.empty_like(self.logits).exponential_(generator=generator).log()
+        soft = ((self.masked_logits() + noise) / tau).softmax(dim=1)
+        if not hard:
+            return soft
+        one_hot = functional.one_hot(soft.argmax(dim=1), soft.shape[1]).to(soft.dtype)
+        return one_hot - soft.detach() + soft
+
+    def sample_path(self, generator: torch.Generator | None = None) -> list[int]:
+        """Draw one block index per layer from P_theta."""
+        with torch.no_grad():
+            probabilities = self.probabilities()
+            return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).tolist()
+
+    def sample(self, generator: torch.Generator | None = None) -> Architecture:
+        """Draw an architecture from P_theta."""
+        return self.architecture(self.sample_path(generator), source="sampled from P_theta")
+
+    def most_probable(self) -> Architecture:
+        """Return the single most probable architecture, whatever it costs."""
+        path = self.probabilities().argmax(dim=1).tolist()
+        return self.architecture(path, source="most probable")
+
+    def architecture(self, path: Sequence[int], *, source: str) -> Architecture:
+        """Name the blocks of a path and note its log-probability."""
+        return Architecture.from_path(
+            self.space, list(path), log_probability=self.log_probability(path), source=source
+        )
+
+    def log_probability(self, choice: Architecture | Sequence[int]) -> float:
+        """log P_theta(a) = sum_l log softmax(theta_l)[a_l], in nats."""
+        path = choice.path(self.space) if isinstance(choice, Architecture) else list(choice)
+        with torch.no_grad():
+            logs = self.log_probabilities().double()
+            return float(logs[torch.arange(len(path)), torch.tensor(path)].sum())
+
+    def entropy(self) -> Tensor:
+        """Entropy of each layer's choice, in nats: (layers,)."""
+        p = self.probabilities()
+        return -torch.special.xlogy(p, p).sum(dim=1)
+
+    def expected(self, cost: Tensor, *, base: float = 0.0) -> Tensor:
+        """E[cost] = base + sum_l sum_i softmax(theta_l)_i cost_li (Wu et al. 2019, equation 6).
+
+        `cost`: (layers, blocks), in any unit, nan where not offered. Exact, free of noise and
+        differentiable in theta; returns a scalar tensor in the unit of `cost`.
+        """
+        known = cost.to(self.logits.device).masked_fill(~self.offered, 0.0)
+        return base + (self.probabilities() * known.to(self.logits.dtype)).sum()
+
+    def expected_skips(self) -> Tensor:
+        """Probability that each layer is skipped, counted where skip is the identity: (layers,)."""
+        if "skip" not in self.space.blocks:
+            return torch.zeros(len(self.space.layers))
+        column = self.probabilities()[:, self.space.blocks.index("skip")]
+        keeps = torch.tensor([layer.keeps_shape for layer in self.space.layers])
+        return column * keeps.to(column)

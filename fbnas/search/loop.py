@@ -1,0 +1,496 @@
+"""The alternating loop: weights on one part of the training images, theta on the other."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fbnas.errors import InputError, unknown
+from fbnas.files import load_checkpoint, save_checkpoint
+from fbnas.search import logbook
+from fbnas.search.distribution import ArchitectureDistribution
+from fbnas.search.objectives import DualAscent, Objective
+from fbnas.search.selection import check_budget, latency_range
+from fbnas.search.supernet import Supernet
+from fbnas.space.search_space import SearchSpace
+from fbnas.training.augmentation import build_augmentation
+from fbnas.training.data import Data, Images, batches, split_for_search
+from fbnas.training.interrupt import stop_on_signal
+from fbnas.training.schedules import cosine
+from fbnas.training.settings import choose_device
+from fbnas.training.state import TrainingDiverged
+
+log = logging.getLogger(__name__)
+
+TAU = 5.0  # FBNet, section 4
+TAU_DECAY_PER_EPOCH = 0.045  # of 90 epochs: tau is multiplied by exp(-0.045) ~ 0.956 each
+PUBLISHED_EPOCHS = 90
+
+
+class LatencySource(Protocol):
+    """Anything that knows what blocks cost; a LatencyTable is one."""
+
+    def tensor(self, space: SearchSpace, *, classes: int | None = None) -> tuple[Tensor, float]:
+        """Return (layers, blocks) ms with nan where not offered, and the base in ms."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device's table and a budget in ms: what one theta is learned for."""
+
+    table: LatencySource
+    budget_ms: float
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The recipe. The defaults are `search=fast`; configs/search/fbnet.yaml is the published one.
+
+    gates: "soft" or "hard" (straight-through), for theta's steps.
+    weights_on: what a weights step trains once theta is awake: one sampled "path" (drawn from
+        P_theta), one "uniform" path, or all blocks mixed by soft "gates".
+    tau_final: None follows the paper: tau * exp(-0.045) per epoch of 90, stretched over `epochs`.
+    """
+
+    epochs: int = 60
+    warmup_epochs: int | None = None
+    warmup_fraction: float = 0.7
+    batch_size: int = 128
+    weights_lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weights_on: str = "path"
+    theta_lr: float = 0.1
+    theta_weight_decay: float = 0.0
+    theta_passes: int = 1
+    gates: str = "hard"
+    tau: float = 1.0
+    tau_final: float | None = 1.0
+    weights_fraction: float = 0.8
+    augment: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    checkpoint_every_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        choices = {"gates": ("soft", "hard"), "weights_on": ("path", "uniform", "gates")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"value of search.{name}:", getattr(self, name), known)
+        for name in ("epochs", "batch_size", "theta_passes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"search.{name} is {value!r}; expected a whole number of at least 1."
+                )
+        for name in ("weights_fraction", "warmup_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(
+                    f"search.{name} is {getattr(self, name)}; expected between 0 and 1."
+                )
+        if self.tau <= 0 or (self.tau_final is not None and self.tau_final <= 0):
+            raise InputError(f"search.tau is {self.tau}; expected a positive temperature.")
+        if not 0 <= self.warmup < self.epochs:
+            raise InputError(
+                f"search.warmup_epochs is {self.warmup} of {self.epochs} epochs; expected "
+                "fewer, or "
+                "theta never learns."
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Epochs during which theta sleeps and every block is equally likely."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return min(round(self.warmup_fraction * self.epochs), self.epochs - 1)
+
+    def tau_at(self, epoch: int) -> float:
+        """Temperature of an epoch, counted from 0; it follows the number of epochs asked for."""
+        if self.tau_final is None:
+            return self.tau * math.exp(
+                -TAU_DECAY_PER_EPOCH * PUBLISHED_EPOCHS * epoch / self.epochs
+            )
+        done = epoch / max(self.epochs - 1, 1)
+        return self.tau * (self.tau_final / self.tau) ** done
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "SearchSettings":
+        """Build from a mapping; an unknown key is refused with the closest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in content:
+            if key not in known:
+                raise unknown("search option", key, known)
+        return cls(**content)
+
+
+@dataclass
+class Learner:
+    """One target's theta: its distribution, optimiser, lambda, and what blocks cost there."""
+
+    target: Target
+    distribution: ArchitectureDistribution
+    optimiser: torch.optim.Optimizer
+    latency_ms: Tensor
+    base_ms: float
+    multiplier: float
+
+    def expected_ms(self) -> Tensor:
+        """E[LAT] of the whole network in ms, differentiable in theta."""
+        return self.distribution.expected(self.latency_ms, base=self.base_ms)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """One theta per target, the shared weights, and a row per epoch."""
+
+    distributions: list[ArchitectureDistribution]
+    supernet: Supernet
+    targets: list[Target]
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+def search(
+    space: SearchSpace,
+    data: Data,
+    targets: Sequence[Target],
+    *,
+    objective: Objective | None = None,
+    settings: SearchSettings | None = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> SearchResult:
+    """Learn theta for each target, and the weights that all share.
+
+    min over theta, min over w of E_{a ~ P_theta} L(a, w_a)  (Wu et al. 2019, equations 3 and 7):
+    each epoch trains w by SGD on 80 % of the training images, then theta by Adam on the other 20 %.
+    The test images are never read.
+
+    Args:
+        space: what may be chosen.
+        data: where the training images come from.
+        targets: a table and a budget each; every target learns its own theta.
+        objective: how cross-entropy and latency combine in theta's loss; `DualAscent()` by default.
+        settings: the recipe.
+        seed: the same seed gives the same numbers on CPU.
+        out: folder for checkpoint, metrics.jsonl, TensorBoard, theta.json and the shared weights.
+        resume: continue from the checkpoint in `out`, if there is one.
+        on_epoch: called with each epoch's row.
+
+    Raises:
+        InputError: a budget that the space cannot meet, a latency for which the objective is
+            undefined, a checkpoint of another search, or a loss that is no longer a number.
+        KeyboardInterrupt: on Ctrl-C, after the checkpoint was written.
+    """
+    loop = _Loop(
+        space,
+        data,
+        targets,
+        objective=objective or DualAscent(),
+        settings=settings or SearchSettings(),
+        seed=seed,
+        out=out,
+    )
+    if resume:
+        loop.restore()
+    with stop_on_signal() as stop, logbook.open_logbook(loop.out, loop.history) as book:
+        for epoch in range(loop.epoch, loop.settings.epochs):
+            loop.train_weights(epoch, stop)
+            if epoch >= loop.settings.warmup:
+                loop.train_theta(epoch, stop)
+            row = loop.finish_epoch(epoch)
+            book.write(row, loop.distributions)
+            loop.save()
+            if on_epoch:
+                on_epoch(row)
+    if loop.out:
+        logbook.write_result(loop.out, space, loop.learners, loop.supernet)
+    seconds = sum(row["seconds"] for row in loop.history)
+    return SearchResult(loop.distributions, loop.supernet, list(targets), loop.history, seconds)
+
+
+class _Loop:
+    """The state of a search, all of which its checkpoint holds, and the steps of one epoch."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        data: Data,
+        targets: Sequence[Target],
+        *,
+        objective: Objective,
+        settings: SearchSettings,
+        seed: int,
+        out: Path | str | None,
+    ) -> None:
+        if not targets:
+            raise InputError("A search needs a target: a latency table and a budget in ms.")
+        torch.manual_seed(seed)
+        self.settings, self.objective, self.data, self.seed = settings, objective, data, seed
+        self.out = Path(out) if out else None
+        self.device = choose_device(settings.device)
+        self.supernet = Supernet(space, classes=data.classes).to(self.device)
+        self.weights_optimiser = torch.optim.SGD(
+            self.supernet.parameters(),
+            lr=settings.weights_lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        self.learners = [
+            _learner(space, data.classes, target, objective, settings) for target in targets
+        ]
+        self.uniform = ArchitectureDistribution(space)
+        self.weights_images, self.theta_images = split_for_search(
+            data.train, fraction=settings.weights_fraction, seed=seed
+        )
+        self.augment = build_augmentation(**settings.augment) if settings.augment else None
+        self.epoch, self.phase, self.step = 0, "weights", 0
+        self.sums = _no_sums(self.device)
+        self.history: list[dict[str, Any]] = []
+        self.epoch_started = self.last_save = time.monotonic()
+        self.epoch_seconds_before = 0.0
+
+    @property
+    def distributions(self) -> list[ArchitectureDistribution]:
+        return [learner.distribution for learner in self.learners]
+
+    def train_weights(self, epoch: int, stop: Callable[[], bool]) -> None:
+        """One pass over the weights' images; cross-entropy alone."""
+        if self.phase != "weights":
+            return  # resumed in the middle of theta's pass
+        self.supernet.train().requires_grad_(True)
+        steps = self.steps(self.weights_images)
+        for images, labels in self.order(self.weights_images, epoch, start=self.step):
+            self.set_weights_lr(epoch * steps + self.step, self.settings.epochs * steps)
+            scores = self.supernet(images, self.weights_gates(epoch))
+            loss = functional.cross_entropy(scores, labels)
+            self.weights_optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self.weights_optimiser.step()
+            self.count("weights", loss, scores, labels)
+            self.finish_step(epoch, stop)
+        self.phase, self.step = "theta", 0
+
+    def train_theta(self, epoch: int, stop: Callable[[], bool]) -> None:
+        """Passes over theta's images: each target's theta descends its objective."""
+        self.supernet.train().requires_grad_(False)
+        tau = self.settings.tau_at(epoch)
+        steps = self.steps(self.theta_images)
+        for index in range(self.step // steps, self.settings.theta_passes):
+            start = self.step - index * steps
+            for images, labels in self.order(
+                self.theta_images, epoch, start=start, index=1 + index
+            ):
+                for learner in self.learners:
+                    self.theta_step(learner, images, labels, tau)
+                self.finish_step(epoch, stop)
+
+    def theta_step(self, learner: Learner, images: Tensor, labels: Tensor, tau: float) -> None:
+        gates = learner.distribution.gates(tau, hard=self.settings.gates == "hard")
+        scores = self.supernet(images, gates)
+        cross_entropy = functional.cross_entropy(scores, labels)
+        latency_ms = learner.expected_ms()
+        budget_ms = learner.target.budget_ms
+        loss = self.objective.loss(
+            cross_entropy, latency_ms, budget_ms=budget_ms, multiplier=learner.multiplier
+        )
+        learner.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        learner.optimiser.step()
+        learner.multiplier = self.objective.next_multiplier(
+            learner.multiplier, float(latency_ms.detach()), budget_ms
+        )
+        self.count("theta", cross_entropy, scores, labels)
+
+    def weights_gates(self, epoch: int) -> Tensor | list[int]:
+        """A uniform path while theta sleeps; then what the recipe says, for one of the targets."""
+        if epoch < self.settings.warmup or self.settings.weights_on == "uniform":
+            return self.uniform.sample_path()
+        learner = self.learners[int(torch.randint(len(self.learners), ()))]
+        if self.settings.weights_on == "path":
+            return learner.distribution.sample_path()
+        with torch.no_grad():
+            return learner.distribution.gates(self.settings.tau_at(epoch))
+
+    def order(
+        self, images: Images, epoch: int, *, start: int, index: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches in an order that (seed, epoch, index of the pass) decides, from `start` on."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch * 1_009 + index)
+        return batches(
+            images,
+            min(self.settings.batch_size, len(images)),
+            generator=generator,
+            device=self.device,
+            mean=self.data.mean,
+            std=self.data.std,
+            augment=self.augment if index == 0 else None,  # theta is judged on images as they are
+            drop_last=True,
+            start=start,
+        )
+
+    def steps(self, images: Images) -> int:
+        """Steps in one pass; the last batch is left out unless it is whole."""
+        return max(len(images) // self.settings.batch_size, 1)
+
+    def set_weights_lr(self, step: int, total: int) -> None:
+        for group in self.weights_optimiser.param_groups:
+            group["lr"] = self.settings.weights_lr * cosine(step, total)
+
+    def count(self, part: str, loss: Tensor, scores: Tensor, labels: Tensor) -> None:
+        """Sum on the device: no step waits for a number that is only logged."""
+        sums = self.sums[part]
+        sums[0] += loss.detach().double() * len(labels)
+        sums[1] += (scores.detach().argmax(1) == labels).sum()
+        sums[2] += len(labels)
+
+    def finish_step(self, epoch: int, stop: Callable[[], bool]) -> None:
+        """Count the step; on Ctrl-C, or when minutes have passed, write a checkpoint."""
+        self.step += 1
+        interrupted = stop()
+        if interrupted or time.monotonic() - self.last_save > self.settings.checkpoint_every_s:
+            self.refuse_nan(epoch)
+            self.epoch = epoch
+            self.save()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def refuse_nan(self, epoch: int) -> None:
+        for part, sums in self.sums.items():
+            if not torch.isfinite(sums[0]):
+                kept = f" The checkpoint of epoch {self.epoch} is kept." if self.out else ""
+                raise TrainingDiverged(
+                    f"The {part} loss is not a number in epoch {epoch + 1}; expected a "
+                    "finite loss: "
+                    f"lower search.weights_lr ({self.settings.weights_lr}) or search.theta_lr "
+                    f"({self.settings.theta_lr}).{kept}"
+                )
+
+    def finish_epoch(self, epoch: int) -> dict[str, Any]:
+        """Close the epoch: its row of numbers, and the position of the next."""
+        self.refuse_nan(epoch)
+        seconds = self.epoch_seconds_before + time.monotonic() - self.epoch_started
+        row = logbook.epoch_row(
+            epoch,
+            self.settings,
+            self.objective,
+            self.learners,
+            means=_means(self.sums),
+            seconds=seconds,
+        )
+        self.history.append(row)
+        self.epoch, self.phase, self.step = epoch + 1, "weights", 0
+        self.sums = _no_sums(self.device)
+        self.epoch_started, self.epoch_seconds_before = time.monotonic(), 0.0
+        return row
+
+    def save(self) -> None:
+        """Replace the checkpoint by everything that the rest of the search depends on."""
+        if self.out is None:
+            return
+        state = {
+            "recipe": self.recipe(),
+            "supernet": self.supernet.state_dict(),
+            "weights_optimiser": self.weights_optimiser.state_dict(),
+            "learners": [
+                {
+                    "logits": learner.distribution.logits.detach(),
+                    "optimiser": learner.optimiser.state_dict(),
+                    "multiplier": learner.multiplier,
+                }
+                for learner in self.learners
+            ],
+            "position": [self.epoch, self.phase, self.step],
+            "sums": self.sums,
+            "history": self.history,
+            "epoch_seconds": self.epoch_seconds_before + time.monotonic() - self.epoch_started,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        save_checkpoint(self.out / "checkpoint.pt", state)
+        self.last_save = time.monotonic()
+
+    def recipe(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        settings = asdict(self.settings)
+        for key in ("device", "checkpoint_every_s"):
+            settings.pop(key)
+        return {
+            "space": self.supernet.space.to_dict(),
+            "data": [self.data.name, len(self.data.train), list(self.data.class_names)],
+            "budgets_ms": [learner.target.budget_ms for learner in self.learners],
+            "objective": repr(self.objective),
+            "search": settings,
+            "seed": self.seed,
+        }
+
+    def restore(self) -> None:
+        """Continue from the checkpoint in `out`, if there is one."""
+        if self.out is None or not (self.out / "checkpoint.pt").exists():
+            return
+        state = load_checkpoint(self.out / "checkpoint.pt")
+        for key, value in self.recipe().items():
+            if state["recipe"][key] != value:
+                raise InputError(
+                    f"{self.out / 'checkpoint.pt'} is of another search: {key} was "
+                    f"{state['recipe'][key]}, now {value}; resume with the same options, or start "
+                    "again with overwrite=true."
+                )
+        self.supernet.load_state_dict(state["supernet"])
+        self.weights_optimiser.load_state_dict(state["weights_optimiser"])
+        for learner, stored in zip(self.learners, state["learners"], strict=True):
+            with torch.no_grad():
+                learner.distribution.logits.copy_(stored["logits"])
+            learner.optimiser.load_state_dict(stored["optimiser"])
+            learner.multiplier = stored["multiplier"]
+        self.epoch, self.phase, self.step = state["position"]
+        self.sums = {part: sums.to(self.device) for part, sums in state["sums"].items()}
+        self.history = state["history"]
+        self.epoch_seconds_before = state["epoch_seconds"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
+
+
+def _learner(
+    space: SearchSpace, classes: int, target: Target, objective: Objective, settings: SearchSettings
+) -> Learner:
+    """Start a target's theta.
+
+    Raises:
+        InputError: a budget or a latency that nothing can be learned for.
+    """
+    latency_ms, base_ms = target.table.tensor(space, classes=classes)
+    check_budget(target.budget_ms, latency_ms, base_ms)
+    objective.check(latency_range(latency_ms, base_ms)[0])
+    device = choose_device(settings.device)
+    distribution = ArchitectureDistribution(space).to(device)
+    adam = torch.optim.Adam(
+        distribution.parameters(), lr=settings.theta_lr, weight_decay=settings.theta_weight_decay
+    )
+    return Learner(target, distribution, adam, latency_ms.to(device), base_ms, 0.0)
+
+
+def _no_sums(device: torch.device) -> dict[str, Tensor]:
+    """(summed loss, right answers, images) of each part of an epoch."""
+    return {
+        part: torch.zeros(3, dtype=torch.double, device=device) for part in ("weights", "theta")
+    }
+
+
+def _means(sums: dict[str, Tensor]) -> dict[str, tuple[float, float] | None]:
+    """(loss, accuracy) of each part, None for a part that saw no image."""
+    return {
+        part: (float(s[0] / s[2]), float(s[1] / s[2])) if s[2] > 0 else None
+        for part, s in sums.items()
+    }
