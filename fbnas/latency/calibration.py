@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fbnas.errors import InputError
 from fbnas.latency.devices import ROUNDS, Device
-from fbnas.latency.profiling import enliven_, require_same_device
+from fbnas.latency.profiling import enliven_, one_torch_thread, require_same_device
 from fbnas.latency.runtimes import runtime
 from fbnas.latency.table import LatencyTable
 from fbnas.latency.timing import Timing
@@ -249,7 +249,8 @@ def _measure(
     suffix = runtime(device.runtime).SUFFIX
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         files = []
-        with progress("Compiling whole networks", total=len(architectures)) as advance:
+        compiling = progress("Compiling whole networks", total=len(architectures))
+        with one_torch_thread(), compiling as advance:
             for index, architecture in enumerate(architectures):
                 torch.manual_seed(seed)
                 network = build_network(space, architecture, classes)

@@ -1,9 +1,10 @@
 """Space x device -> latency table: a plan of what is to be measured, then its execution."""
 
+import contextlib
 import datetime
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -153,6 +154,17 @@ def enliven_(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keep torch to one thread: on a busy machine threads that spin made exports 8 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _compile(
     space: SearchSpace, device: Device, items: Sequence[Shape], work: Path, *, seed: int
 ) -> list[Path | None]:
@@ -176,9 +188,8 @@ def _compile(
             "to: give another table=FILE"
         ) from error
     files: list[Path | None] = []
-    with progress(
-        f"Compiling {len(items)} blocks, {device.precision}", total=len(items)
-    ) as advance:
+    name = f"Compiling {len(items)} blocks, {device.precision}"
+    with one_torch_thread(), progress(name, total=len(items)) as advance:
         for index, item in enumerate(items):
             torch.manual_seed(seed)
             module = build(item, space)
