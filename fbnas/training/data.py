@@ -79,7 +79,7 @@ def load_data(
         raise unknown("data source", source, SOURCES)
     _check_options(resolution, channels, validation_fraction, test_fraction, limit)
     raw = SOURCES[source](path)
-    _check_classes(raw, "")
+    _check_classes(raw)
     splits = _split(raw, validation_fraction, test_fraction, limit, seed)
     resolution, channels = _shape(splits["train"], resolution, resize, channels, space)
     splits = {
@@ -167,8 +167,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
         members = order[labels[order] == label]
         if len(members) < 2:
             raise InputError(
-                f"class {label} has 1 image where a split needs at least 2; expected images of "
-                "every class in every split. Add images, or raise data.limit."
+                f"class {label} (counted from 0) has 1 image where a split needs 2; expected "
+                "images of every class in every split. Add images, or raise data.limit."
             )
         cut = min(max(round(fraction * len(members)), 1), len(members) - 1)
         first.append(members[:cut])
@@ -213,17 +213,16 @@ def _split(
     if limit is not None and limit < len(splits["train"]):
         kept = stratified_order(splits["train"].labels, seed)[:limit].sort().values
         splits["train"] = splits["train"].select(kept)
+        _check_classes(replace(raw, splits=splits), f" after data.limit={limit}; raise it")
     if "validation" not in splits:
         # Another seed than the test split's, so that the two draws are independent.
         part, rest = stratified_split(splits["train"].labels, validation_fraction, seed + 1)
         splits["validation"] = splits["train"].select(part)
         splits["train"] = splits["train"].select(rest)
-    hint = f" after data.limit={limit}; raise it" if limit is not None else ""
-    _check_classes(replace(raw, splits=splits), hint)
     return splits
 
 
-def _check_classes(source: Source, hint: str) -> None:
+def _check_classes(source: Source, hint: str = "") -> None:
     names = source.class_names
     if len(names) < 2:
         raise InputError(

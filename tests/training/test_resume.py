@@ -1,0 +1,88 @@
+"""A training that is killed and resumed ends at exactly the numbers of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_run import main
+
+from fbnas.files import load_checkpoint, read_jsonl
+
+SCRIPT = Path(__file__).with_name("training_run.py")
+ROOT = Path(__file__).parents[2]
+STEPS = 5  # an epoch of training_run.py: 160 images, batches of 32
+
+
+def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(out), str(out.with_suffix(".pt")), *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def finish(out: Path, *options: str) -> dict[str, Any]:
+    process = run(out, *options)
+    assert process.returncode == 0, process.stderr
+    return torch.load(out.with_suffix(".pt"), weights_only=True)
+
+
+def position(out: Path) -> list[int]:
+    return load_checkpoint(out / "checkpoint.pt")["position"]
+
+
+def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in row if key != "seconds"} for row in history]
+
+
+def assert_equal(resumed: dict[str, Any], whole: dict[str, Any], out: Path) -> None:
+    assert without_seconds(resumed["history"]) == without_seconds(whole["history"])
+    assert without_seconds(read_jsonl(out / "metrics.jsonl")) == without_seconds(whole["history"])
+    assert resumed["weights"].keys() == whole["weights"].keys()
+    for name, value in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], value), name
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, finish(out)
+
+
+def test_sigkill_twice(tmp_path: Path, whole_run: tuple[Path, dict[str, Any]]) -> None:
+    out = tmp_path / "run"
+    assert run(out, "SIGKILL@2").returncode == -signal.SIGKILL
+    assert not (out / "checkpoint.pt").exists()  # killed before the first: resume starts anew
+    assert run(out, "resume", f"SIGKILL@{STEPS + 3}").returncode == -signal.SIGKILL
+    assert position(out) == [1, 0]
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "lo')  # a kill in the middle of a line
+    assert_equal(finish(out, "resume"), whole_run[1], out)
+
+
+def test_sigint_in_mid_epoch_and_at_its_end(
+    tmp_path: Path, whole_run: tuple[Path, dict[str, Any]]
+) -> None:
+    out = tmp_path / "run"
+    interrupted = run(out, f"SIGINT@{STEPS + 2}")
+    assert "KeyboardInterrupt" in interrupted.stderr
+    assert position(out) == [1, 2]
+    assert run(out, "resume", f"SIGTERM@{STEPS - 2}").returncode != 0
+    assert position(out) == [2, 0]
+    assert_equal(finish(out, "resume"), whole_run[1], out)
+
+
+def test_resuming_a_finished_run_returns_its_result(
+    whole_run: tuple[Path, dict[str, Any]],
+) -> None:
+    out, result = whole_run
+    main(str(out), str(out.with_suffix(".pt")), "resume")
+    assert_equal(torch.load(out.with_suffix(".pt"), weights_only=True), result, out)
