@@ -238,7 +238,9 @@ class _Loop:
         self.settings, self.objective, self.data, self.seed = settings, objective, data, seed
         self.out = Path(out) if out else None
         self.device = choose_device(settings.device)
-        self.supernet = Supernet(space, classes=data.classes).to(self.device)
+        self.supernet = Supernet(space, classes=data.classes)
+        # channels last: the step through all branches takes half the time on CPU
+        self.supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.weights_optimiser = torch.optim.SGD(
             self.supernet.parameters(),
             lr=settings.weights_lr,

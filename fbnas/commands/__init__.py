@@ -1,0 +1,111 @@
+"""The command line: `fbnas COMMAND key=value ...`. The only part that knows Hydra."""
+
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fbnas import __version__
+from fbnas.errors import InputError, closest
+
+COMMANDS = {
+    "run": "the whole chain: profile, search, train, compress, measure",
+    "profile": "measure every block of a space on a device into a latency table",
+    "search": "learn theta and the shared weights for a table and a budget",
+    "sample": "architectures from a finished search, best first",
+    "train": "train one architecture",
+    "compress": "prune or quantize a trained network",
+    "export": "write a network as a file that a device runs",
+    "evaluate": "accuracy and measured latency of an exported file",
+    "calibrate": "a table against measured whole networks",
+    "count": "parameters and multiply-adds of an architecture",
+    "report": "one HTML page of a run",
+    "doctor": "what is installed and what works here",
+}
+
+DONE, FAILED, WRONG_INPUT, MISSED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0 done, 1 unexpected failure, 2 the user's input is wrong, 3 done but the target was missed,
+    130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return DONE
+    if arguments[0] in ("-V", "--version"):
+        print(f"fbnas {__version__}")
+        return DONE
+    command, overrides = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        guess = closest(command, COMMANDS)
+        hint = f" Did you mean '{guess}'?" if guess else ""
+        return _refuse(f"Unknown command '{command}'.{hint} Known: {', '.join(COMMANDS)}.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _quieten()
+    try:
+        if any(option in overrides for option in ("-h", "--help")):
+            from fbnas.commands.composition import describe
+
+            print(describe(command))
+            return DONE
+        from fbnas.commands.composition import compose
+
+        config = compose(command, overrides)
+        module = importlib.import_module(f"fbnas.commands.{command}")
+        return module.main(config)
+    except InputError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print(_how_to_resume(command, overrides), file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            traceback.print_exc()
+            return FAILED
+        where = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{where}{error.strerror}; free space or give a folder that can be written.")
+
+
+def _refuse(message: str) -> int:
+    print(f"fbnas: {' '.join(message.split())}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def _how_to_resume(command: str, overrides: Sequence[str]) -> str:
+    if command in ("run", "search", "train", "compress"):
+        again = " ".join([command, *(o for o in overrides if not o.startswith("overwrite="))])
+        resume = "" if "resume=true" in overrides else " resume=true"
+        return f"fbnas: interrupted. Continue with: fbnas {again}{resume}"
+    if command == "profile":
+        return "fbnas: interrupted. The same command continues where it stopped."
+    return "fbnas: interrupted."
+
+
+def _quieten() -> None:
+    """Keep the libraries' own remarks out of the output."""
+    for name in ("httpx", "datasets", "torch", "absl", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def usage() -> str:
+    """Return what `fbnas --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"fbnas {__version__}: convolutional networks searched for your device and budget",
+            "",
+            "usage: fbnas COMMAND [key=value ...]        fbnas COMMAND --help",
+            "",
+            *lines,
+            "",
+            "A first run, in minutes:  fbnas run experiment=quickstart out=runs/quickstart",
+            "Your own data and budget: fbnas run data=image_folder data.path=DIR space=fbnet "
+            "target_ms=12 out=runs/mine",
+        ]
+    )

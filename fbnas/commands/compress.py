@@ -1,0 +1,152 @@
+"""fbnas compress: channel pruning of a network, or int8 of its file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fbnas.commands.folder import OutFolder
+from fbnas.commands.parts import check_class_names, data_for, network_folder
+from fbnas.commands.train import report_epoch
+from fbnas.compression import (
+    ChannelPruning,
+    CompressionReport,
+    StaticQuantization,
+    compress_,
+    quantize_file,
+)
+from fbnas.errors import InputError, unknown
+from fbnas.export import accuracy_of_file, export_onnx, read_metadata
+from fbnas.space import NetworkCard, count, load_network, save_network
+from fbnas.training.data import Data
+from fbnas.training.evaluation import evaluate
+from fbnas.training.loop import train
+from fbnas.training.settings import TrainingSettings
+
+METHODS = ("channel_pruning", "int8")
+
+
+def main(config: dict[str, Any]) -> int:
+    if config["method"] not in METHODS:
+        raise unknown("method", config["method"], METHODS)
+    return _prune(config) if config["method"] == "channel_pruning" else _quantize(config)
+
+
+def _prune(config: dict[str, Any]) -> int:
+    network, card = load_network(network_folder(config["model"]))
+    data = data_for(config, card.space)
+    check_class_names(data, card.class_names)
+    _, before = evaluate(network, data.validation, mean=card.mean, std=card.std)
+    out = OutFolder(config)
+    report = prune_and_tune(network, card, data, config, out.folder, resume=out.resume)
+    _, accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)
+    print(f"parameters   {report.before.params:>12,} -> {report.after.params:,}")
+    print(f"multiply-adds {report.before.macs:>11,} -> {report.after.macs:,}")
+    print(f"validation accuracy {before:.4f} -> {report.trained.validation_accuracy:.4f}")
+    print(f"test accuracy {accuracy:.4f}")
+    out.finish(
+        method="channel_pruning",
+        params=report.after.params,
+        macs=report.after.macs,
+        params_before=report.before.params,
+        macs_before=report.before.macs,
+        accuracy_top1=accuracy,
+        validation_accuracy=report.trained.validation_accuracy,
+        validation_accuracy_before=before,
+        architecture=list(card.architecture.blocks),
+    )
+    return 0
+
+
+def prune_and_tune(
+    network: Any,
+    card: NetworkCard,
+    data: Data,
+    config: dict[str, Any],
+    folder: Path,
+    *,
+    resume: bool,
+) -> CompressionReport:
+    """Prune in place, fine-tune, and save the network into `folder`.
+
+    Raises:
+        InputError: an unknown option of compression.pruning or compression.fine_tuning.
+    """
+    options = config["compression"]
+    training = TrainingSettings.from_dict(config["training"])
+    known = list(config["training"])
+    for key in options["fine_tuning"]:
+        if key not in known:
+            raise unknown("option of compression.fine_tuning:", key, known)
+    settings = replace(training, **options["fine_tuning"])
+    method = build_method(ChannelPruning, options["pruning"], "compression.pruning")
+    report = compress_(
+        network,
+        method,
+        input_shape=card.input_shape,
+        train=lambda pruned: train(
+            pruned,
+            data,
+            settings=settings,
+            seed=config["seed"],
+            out=folder,
+            resume=resume,
+            on_epoch=report_epoch(settings.epochs, every=5),
+        ),
+    )
+    save_network(folder, network, card)
+    return report
+
+
+def _quantize(config: dict[str, Any]) -> int:
+    method = build_method(StaticQuantization, config["compression"]["quantization"], "quantization")
+    model = Path(config["model"])
+    card = None
+    if not (model.is_file() and model.suffix == ".onnx"):
+        network, card = load_network(network_folder(model))
+        names, mean, std = card.class_names, card.mean, card.std
+        data = data_for(config, card.space)
+    else:
+        stated = read_metadata(model)
+        if "preprocessing" not in stated:
+            raise InputError(f"{model} was not written by fbnas; expected a file of fbnas export.")
+        names = tuple(stated["class_names"])
+        mean, std = (tuple(stated["preprocessing"][key]) for key in ("mean", "std"))
+        data = data_for(with_preprocessing(config, stated["preprocessing"]))
+    check_class_names(data, names)
+    out = OutFolder(config)
+    source = model
+    if card is not None:
+        source = out.folder / "fp32.onnx"
+        export_onnx(network, source, card=card)
+    target = out.folder / "model.onnx"
+    report = quantize_file(source, target, data, method, seed=config["seed"])
+    before, after = (accuracy_of_file(f, data.test, mean=mean, std=std) for f in (source, target))
+    print(f"{target}: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
+    print(f"test accuracy {before:.4f} -> {after:.4f}")
+    counted = count(network, card.input_shape) if card is not None else None
+    out.finish(
+        method="int8",
+        model_bytes=report.bytes_after,
+        model_bytes_before=report.bytes_before,
+        accuracy_top1=after,
+        accuracy_top1_before=before,
+        calibration_images=report.calibration_images,
+        params=counted and counted.params,
+        macs=counted and counted.macs,
+    )
+    return 0
+
+
+def with_preprocessing(config: dict[str, Any], preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the data's resolution and channels as a file expects them."""
+    shape = {key: preprocessing[key] for key in ("resolution", "channels")}
+    data = {**config["data"], **shape}
+    return {**config, "data": data}
+
+
+def build_method(kind: type, options: dict[str, Any], where: str) -> Any:
+    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    for key in options:
+        if key not in known:
+            raise unknown(f"option of {where}:", key, known)
+    return kind(**options)

@@ -1,0 +1,66 @@
+"""fbnas evaluate: accuracy and measured latency of a file."""
+
+from pathlib import Path
+from typing import Any
+
+from fbnas.commands.compress import with_preprocessing
+from fbnas.commands.folder import OutFolder
+from fbnas.commands.parts import check_class_names, data_for, device_of
+from fbnas.errors import InputError
+from fbnas.export import accuracy_of_file, read_metadata
+from fbnas.latency.devices import ROUNDS
+from fbnas.progress import progress
+
+LEAST_TOLERANCE = 0.05  # a target is missed by more than this, or twice the noise floor
+
+
+def main(config: dict[str, Any]) -> int:
+    model, device = Path(config["model"]), device_of(config)
+    target_ms = config["target_ms"]
+    if target_ms is not None and not target_ms > 0:
+        raise InputError(f"target_ms={target_ms}; expected a positive number of milliseconds.")
+    stated = read_metadata(model)
+    if "preprocessing" not in stated:
+        raise InputError(
+            f"{model} does not say how its images are prepared; expected a file of fbnas export."
+        )
+    preprocessing = stated["preprocessing"]
+    data = data_for(with_preprocessing(config, preprocessing))
+    check_class_names(data, tuple(stated["class_names"]))
+    out = OutFolder(config)
+    accuracy = accuracy_of_file(
+        model, data.test, mean=preprocessing["mean"], std=preprocessing["std"]
+    )
+    rounds = config["rounds"] or ROUNDS
+    with progress(f"Timing {model.name}", total=rounds) as advance:
+        measurement = device.measure(
+            [model, model], rounds=rounds, seed=config["seed"], progress=advance
+        )
+    timing = measurement.timings[0]
+    print(f"{model}: accuracy {accuracy:.4f} on {len(data.test)} test images of {data.name}")
+    print(
+        f"{timing.latency_ms:.4g} ms ({timing.low_ms:.4g} to {timing.high_ms:.4g}) on "
+        f"{device.name} "
+        f"through {device.runtime}, {device.threads} thread(s); noise floor "
+        f"{100 * measurement.noise_floor:.1f} %"
+    )
+    missed = target_ms is not None and is_missed(
+        timing.latency_ms, target_ms, measurement.noise_floor
+    )
+    if target_ms is not None:
+        print(f"target {target_ms:.4g} ms: {'missed' if missed else 'met'}")
+    out.finish(
+        accuracy_top1=accuracy,
+        latency_ms=timing.as_dict(),
+        noise_floor=measurement.noise_floor,
+        target_ms=target_ms,
+        model_bytes=model.stat().st_size,
+        architecture=stated.get("architecture"),
+        device=device.fingerprint(),
+    )
+    return 3 if missed else 0
+
+
+def is_missed(latency_ms: float, target_ms: float, noise_floor: float) -> bool:
+    """Whether a latency is above target by more than 5 % or twice the noise floor."""
+    return latency_ms > target_ms * (1 + max(LEAST_TOLERANCE, 2 * noise_floor))

@@ -1,0 +1,72 @@
+"""The out folder of a command: opened with care, closed with result.json."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fbnas import __version__
+from fbnas.errors import InputError
+from fbnas.files import write_json, write_yaml
+
+
+class OutFolder:
+    """Where a command writes; `path` is None where the user asked for no folder."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.path = Path(config["out"]) if config.get("out") else None
+        self.started = time.monotonic()
+        self.resume = bool(config.get("resume", False))
+        if self.path is not None:
+            self._open(self.path, overwrite=bool(config.get("overwrite", False)))
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a command that cannot do without one."""
+        if self.path is None:
+            raise InputError(f"fbnas {self.config['command']} needs out=DIR to write to.")
+        return self.path
+
+    def _open(self, path: Path, *, overwrite: bool) -> None:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"out={path} is a file; expected a folder.")
+        if path.is_dir() and any(path.iterdir()):
+            self._check_contents(path, overwrite=overwrite)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_yaml(path / "config.yaml", dict(self.config))
+        except OSError as error:
+            raise InputError(
+                f"out={path} cannot be written ({error.strerror}); give another folder."
+            ) from error
+
+    def _check_contents(self, path: Path, *, overwrite: bool) -> None:
+        ours = (path / "config.yaml").is_file() or (path / "result.json").is_file()
+        if not ours:
+            raise InputError(
+                f"out={path} holds other files; expected a new or empty folder, or a run of fbnas."
+            )
+        if overwrite and not self.resume:
+            for entry in path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        elif not self.resume:
+            state = "a finished run" if (path / "result.json").is_file() else "an unfinished run"
+            raise InputError(
+                f"out={path} holds {state}; give another folder, resume=true to continue it where "
+                "the command can, or overwrite=true to delete it."
+            )
+
+    def finish(self, **fields: Any) -> dict[str, Any]:
+        """Write result.json: the common fields, then `fields`; None is left out."""
+        result = {
+            "command": self.config["command"],
+            "version": __version__,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "seed": self.config.get("seed", 0),
+            **{key: value for key, value in fields.items() if value is not None},
+        }
+        if self.path is not None:
+            write_json(self.path / "result.json", result)
+        return result

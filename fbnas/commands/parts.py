@@ -1,0 +1,103 @@
+"""What several commands build from their configuration."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fbnas.errors import InputError
+from fbnas.files import read_json
+from fbnas.latency.devices import Device
+from fbnas.shipped import shipped_names
+from fbnas.space import Architecture, NetworkCard, SearchSpace
+from fbnas.training.data import Data, load_data
+
+Config = Mapping[str, Any]
+
+
+def space_of(config: Config) -> SearchSpace:
+    """Build the space that `space=` composed."""
+    return SearchSpace.from_dict(dict(config["space"]))
+
+
+def space_for(config: Config, architecture: Architecture) -> SearchSpace:
+    """Build the space of `space=`, or the one that the architecture names.
+
+    Raises:
+        InputError: neither is given, or it is not to be found.
+    """
+    if config.get("space"):
+        return space_of(config)
+    for folder in Path(config["architecture"]).absolute().parents[:3]:
+        for candidate in (folder / "space.yaml", folder / "search" / "space.yaml"):
+            if candidate.is_file():
+                space = SearchSpace.load(candidate)
+                if space.name == architecture.space:
+                    return space
+    if architecture.space in shipped_names("space"):
+        return SearchSpace.load(architecture.space)
+    named = f"'{architecture.space}', which is not shipped" if architecture.space else "no space"
+    raise InputError(
+        f"{config['architecture']} names {named}; expected space=NAME or space=PATH as well."
+    )
+
+
+def data_for(config: Config, space: SearchSpace | None = None) -> Data:
+    """Load the data of `data=`, checked against the space."""
+    return load_data(**config["data"], space=space)
+
+
+def device_of(config: Config) -> Device:
+    """Build the device of `device=`."""
+    return Device.from_dict(dict(config["device"]))
+
+
+def card_for(space: SearchSpace, architecture: Architecture, data: Data) -> NetworkCard:
+    """Say what a network's files say about it."""
+    return NetworkCard(space, architecture, data.class_names, data.mean, data.std)
+
+
+def network_folder(model: str | Path) -> Path:
+    """Return the folder that holds a network's files, given it, a file in it, or a run.
+
+    Raises:
+        InputError: there is no network.
+    """
+    path = Path(model)
+    if path.is_file() and path.name in ("network.yaml", "weights.safetensors"):
+        path = path.parent
+    if (path / "network.yaml").is_file():
+        return path
+    if (path / "result.json").is_file():
+        chosen = read_json(path / "result.json").get("network")
+        if chosen and (path / chosen / "network.yaml").is_file():
+            return path / chosen
+    raise InputError(
+        f"model={model}: no network there; expected the folder of fbnas train, compress or run "
+        "(network.yaml and weights.safetensors)."
+    )
+
+
+def check_class_names(data: Data, names: tuple[str, ...]) -> None:
+    """Refuse data whose classes are not `names`.
+
+    Raises:
+        InputError: what the data has and what was expected.
+    """
+    if tuple(data.class_names) != tuple(names):
+        raise InputError(
+            f"{data.name} has {data.classes} classes ({', '.join(data.class_names[:3])}, ...), the "
+            f"network was trained for {len(names)} ({', '.join(names[:3])}, ...); give its data."
+        )
+
+
+def search_folder(run: str | Path) -> Path:
+    """Return the folder of a finished search, given it or a run that contains one.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(run)
+    for folder in (path, path / "search"):
+        if (folder / "theta.json").is_file():
+            return folder
+    raise InputError(f"run={run}: no theta.json there; expected the folder of a finished search.")

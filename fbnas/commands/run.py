@@ -1,0 +1,324 @@
+"""fbnas run: the whole chain, from data to a measured file.
+
+Every step leaves files behind and is skipped on resume when they are there, so that an interrupted
+run loses at most the step under way.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fbnas.commands import calibrate as calibrate_command
+from fbnas.commands.evaluate import is_missed
+from fbnas.commands.folder import OutFolder
+from fbnas.commands.parts import card_for, data_for, device_of, space_of
+from fbnas.commands.search import choose_target
+from fbnas.commands.stages import Stage, final_measurement, print_stages, stages_of
+from fbnas.commands.train import report_epoch, start
+from fbnas.errors import InputError, unknown
+from fbnas.files import read_json, write_json
+from fbnas.latency import calibration
+from fbnas.latency.devices import ROUNDS, Device
+from fbnas.latency.profiling import enliven_, profile, require_same_device
+from fbnas.latency.table import LatencyTable
+from fbnas.progress import progress
+from fbnas.report import write_report
+from fbnas.search import (
+    Learned,
+    SearchSettings,
+    Target,
+    build_objective,
+    most_probable_within,
+    rank_by_shared_weights,
+    read_result,
+    read_supernet,
+    search,
+)
+from fbnas.space import Architecture, SearchSpace, build_network, load_network, save_network
+from fbnas.training.data import Data
+from fbnas.training.loop import train
+from fbnas.training.settings import TrainingSettings
+
+log = logging.getLogger(__name__)
+
+SELECTION_ATTEMPTS = 3
+NOISE_LIMIT = 0.05  # a budget gives way to noise by this fraction at most
+HELD_OUT = 5  # whole networks that judge the table's correction
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What every step of the chain needs."""
+
+    config: dict[str, Any]
+    out: OutFolder
+    space: SearchSpace
+    data: Data
+    device: Device
+
+    @property
+    def folder(self) -> Path:
+        return self.out.folder
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+
+def main(config: dict[str, Any]) -> int:
+    _check(config)
+    space, device = space_of(config), device_of(config)
+    chain = Chain(config, OutFolder(config), space, data_for(config, space), device)
+    headline(f"1/5 latency table of {device.name}: {device.runtime}, {device.precision}")
+    table, calibrated = measured_table(chain)
+    target = choose_target(
+        table, space, chain.data.classes, config["target_ms"], config["target_fraction"]
+    )
+    headline(f"2/5 search in space {space.name} for {target.budget_ms:.4g} ms")
+    learned = searched(chain, target)
+    headline("3/5 candidates, measured as whole networks")
+    chosen, candidates = chosen_architecture(chain, learned, target)
+    headline(f"4/5 training {chosen}")
+    trained_network(chain, chosen)
+    headline("5/5 compression, export and measurement of every stage")
+    stages = stages_of(chain.config, chain.folder, chain.data, device, resume=chain.out.resume)
+    noise_floor = final_measurement(stages, chain.folder, device, seed=chain.seed)
+    return conclude(
+        chain, target, chosen, stages, noise_floor, candidates=candidates, calibrated=calibrated
+    )
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Refuse what can be refused before anything is measured."""
+    SearchSettings.from_dict(config["search"])
+    TrainingSettings.from_dict(config["training"])
+    build_objective(**config["objective"])
+    target_ms = config["target_ms"]
+    if target_ms is not None and not (isinstance(target_ms, int | float) and target_ms > 0):
+        raise InputError(f"target_ms={target_ms!r}; expected a positive number of milliseconds.")
+    for key, known in (
+        ("rank", ("shared_weights", "probability")),
+        ("init", ("scratch", "supernet")),
+    ):
+        if config[key] not in known:
+            raise unknown(key, config[key], known)
+
+
+def headline(text: str) -> None:
+    """Say which step begins."""
+    print(f"\n== {text}", flush=True)
+
+
+def measured_table(chain: Chain) -> tuple[LatencyTable, dict[str, Any] | None]:
+    """Load or measure the table, and mend it by whole networks unless it was mended before."""
+    given = chain.config["table"]
+    path = chain.folder / "table.csv"
+    if given is not None:
+        table = LatencyTable.load(given)
+        require_same_device(table, chain.device)
+        table.tensor(chain.space, classes=chain.data.classes)
+        table.save(path)
+    else:
+        table = profile(
+            chain.space, chain.device, path, classes=chain.data.classes, seed=chain.seed
+        )
+    record = chain.folder / "calibration.json"
+    if record.is_file():
+        return LatencyTable.load(path), read_json(record)
+    if "correction_scale" in table.header or chain.config["networks"] == 0:
+        return table, None
+    found = calibration.calibrate(
+        table,
+        chain.space,
+        chain.device,
+        classes=chain.data.classes,
+        networks=chain.config["networks"],
+        held_out=HELD_OUT,
+        seed=chain.seed,
+    )
+    print(calibrate_command.describe(found))
+    if found.helps:
+        table = calibration.apply(table, found)
+        table.save(path)
+    write_json(record, found.as_dict())
+    return table, found.as_dict()
+
+
+def searched(chain: Chain, target: Target) -> Learned:
+    """Search, or read back the search that is finished already."""
+    folder = chain.folder / "search"
+    if not (folder / "theta.json").is_file():
+        search(
+            chain.space,
+            chain.data,
+            [target],
+            objective=build_objective(**chain.config["objective"]),
+            settings=SearchSettings.from_dict(chain.config["search"]),
+            seed=chain.seed,
+            out=folder,
+            resume=chain.out.resume,
+        )
+    return read_result(folder)[1][0]
+
+
+def chosen_architecture(
+    chain: Chain, learned: Learned, target: Target
+) -> tuple[Architecture, list[dict[str, Any]]]:
+    """Return the best candidate whose measured latency is within budget, and all that were tried.
+
+    Candidates are the most probable architectures that fit by the table. Where none fits when it
+    is measured, the table is that much too optimistic, and the next are asked to be that much
+    faster.
+    """
+    folder = chain.folder / "architectures"
+    record = folder / "candidates.json"
+    if record.is_file():
+        return Architecture.load(folder / "chosen.yaml"), read_json(record)
+    limit_ms, tried = target.budget_ms, []
+    for _ in range(SELECTION_ATTEMPTS):
+        candidates = _candidates(chain, learned, limit_ms)
+        rows, noise_floor = _measure_candidates(chain, candidates, learned)
+        tried += rows
+        fitting = [
+            candidate
+            for candidate, row in zip(candidates, rows, strict=True)
+            if row["latency_ms"]["value"] <= target.budget_ms * (1 + min(noise_floor, NOISE_LIMIT))
+        ]
+        if fitting:
+            chosen = fitting[0]
+            break
+        ratio = min(r["latency_ms"]["value"] / r["predicted_latency_ms"] for r in rows)
+        fastest = min(range(len(rows)), key=lambda i: rows[i]["latency_ms"]["value"])
+        chosen = candidates[fastest]
+        print(f"none of {len(rows)} candidates fits; networks take {ratio:.3f} of the table's word")
+        limit_ms = max(target.budget_ms / ratio, _fastest_ms(learned))
+    for number, candidate in enumerate(candidates, start=1):
+        candidate.save(folder / f"{number:02d}.yaml")
+    chosen.save(folder / "chosen.yaml")
+    write_json(record, tried)
+    return chosen, tried
+
+
+def _candidates(chain: Chain, learned: Learned, limit_ms: float) -> list[Architecture]:
+    """The most probable architectures within the limit, ordered by the rank asked for."""
+    candidates = most_probable_within(
+        learned.distribution.probabilities(),
+        learned.latency_ms,
+        budget_ms=limit_ms,
+        base_ms=learned.base_ms,
+        count=chain.config["candidates"],
+        space=chain.space,
+    )
+    if chain.config["rank"] == "probability":
+        return candidates
+    ranked = rank_by_shared_weights(
+        read_supernet(chain.folder / "search", chain.space, chain.data.classes),
+        candidates,
+        chain.data,
+        weights_fraction=chain.config["search"]["weights_fraction"],
+        seed=chain.seed,
+    )
+    return [r.architecture for r in ranked]
+
+
+def _fastest_ms(learned: Learned) -> float:
+    return learned.base_ms + float(learned.latency_ms.nan_to_num(torch.inf).amin(dim=1).sum())
+
+
+def _measure_candidates(
+    chain: Chain, candidates: Sequence[Architecture], learned: Learned
+) -> tuple[list[dict[str, Any]], float]:
+    """Time whole untrained networks against each other: latency does not depend on weights."""
+    shape = (chain.space.input_channels, chain.space.resolution, chain.space.resolution)
+    files = []
+    for number, candidate in enumerate(candidates, start=1):
+        torch.manual_seed(chain.seed)
+        network = build_network(chain.space, candidate, chain.data.classes)
+        files.append(chain.folder / "candidates" / f"{number:02d}.onnx")
+        chain.device.compile(enliven_(network), shape, files[-1])
+    with progress("Timing candidates", total=ROUNDS) as advance:
+        measurement = chain.device.measure(files, seed=chain.seed, progress=advance)
+    rows = []
+    for candidate, timing in zip(candidates, measurement.timings, strict=True):
+        predicted_ms = candidate.provenance["predicted_latency_ms"]
+        print(f"predicted {predicted_ms:.4g} ms, measured {timing.latency_ms:.4g} ms: {candidate}")
+        rows.append(
+            {
+                "architecture": list(candidate.blocks),
+                "predicted_latency_ms": predicted_ms,
+                "latency_ms": timing.as_dict(),
+            }
+        )
+    return rows, measurement.noise_floor
+
+
+def trained_network(chain: Chain, chosen: Architecture) -> None:
+    """Train the chosen architecture into train/, unless it is there already."""
+    folder = chain.folder / "train"
+    if (folder / "network.yaml").is_file():
+        load_network(folder)
+        return
+    torch.manual_seed(chain.seed)
+    supernet = str(chain.folder / "search") if chain.config["init"] == "supernet" else None
+    settings = TrainingSettings.from_dict(chain.config["training"])
+    result = train(
+        start(chain.space, chosen, chain.data.classes, supernet),
+        chain.data,
+        settings=settings,
+        seed=chain.seed,
+        out=folder,
+        resume=chain.out.resume,
+        on_epoch=report_epoch(settings.epochs, every=5),
+    )
+    save_network(folder, result.network, card_for(chain.space, chosen, chain.data))
+
+
+def conclude(
+    chain: Chain,
+    target: Target,
+    chosen: Architecture,
+    stages: Sequence[Stage],
+    noise_floor: float,
+    *,
+    candidates: list[dict[str, Any]],
+    calibrated: dict[str, Any] | None,
+) -> int:
+    """Write result.json and the report, print the table and the verdict, return the exit code."""
+    final = [stage for stage in stages if stage.accepted][-1]
+    assert final.timing is not None
+    (chain.folder / "model.onnx").write_bytes(final.path.read_bytes())
+    predicted_ms = chosen.provenance["predicted_latency_ms"]
+    missed = is_missed(final.timing.latency_ms, target.budget_ms, noise_floor)
+    chain.out.finish(
+        space=chain.space.name,
+        architecture=list(chosen.blocks),
+        target_ms=target.budget_ms,
+        predicted_latency_ms=predicted_ms,
+        latency_ms=final.timing.as_dict(),
+        noise_floor=noise_floor,
+        accuracy_top1=final.accuracy_top1,
+        params=final.params,
+        macs=final.macs,
+        model_bytes=final.path.stat().st_size,
+        model="model.onnx",
+        final_stage=final.name,
+        network=final.network,
+        stages=[stage.as_dict(chain.folder) for stage in stages],
+        candidates=candidates,
+        calibration=calibrated,
+        device=chain.device.fingerprint(),
+    )
+    page = write_report(chain.folder)
+    print_stages(stages)
+    print(f"\nreport: {page}\nmodel:  {chain.folder / 'model.onnx'} ({final.name})")
+    verdict = "over budget" if missed else "within budget"
+    print(
+        f"asked {target.budget_ms:.4g} ms, predicted {predicted_ms:.4g} ms, measured "
+        f"{final.timing.latency_ms:.4g} ms ({final.timing.low_ms:.4g} to "
+        f"{final.timing.high_ms:.4g}): {verdict}"
+    )
+    return 3 if missed else 0

@@ -1,0 +1,177 @@
+"""The stages of a run: fp32, pruned, int8; each kept only if it is no slower and accurate enough.
+
+Decisions look at validation images; the test images are read once all are made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fbnas.commands.compress import build_method, prune_and_tune
+from fbnas.compression import StaticQuantization, quantize_file
+from fbnas.export import accuracy_of_file, export_onnx
+from fbnas.files import read_json, write_json
+from fbnas.latency.devices import ROUNDS, Device
+from fbnas.latency.timing import Timing
+from fbnas.progress import progress
+from fbnas.space import Count, count, load_network
+from fbnas.training.data import Data, Subset, batches
+
+PARITY_IMAGES = 64
+
+
+@dataclass
+class Stage:
+    """A model file and what is known of it; `network` is its folder within the run."""
+
+    name: str
+    path: Path
+    network: str
+    params: int
+    macs: int
+    validation_accuracy: float
+    accepted: bool = True
+    reason: str = ""
+    timing: Timing | None = None
+    accuracy_top1: float = 0.0
+
+    def as_dict(self, folder: Path) -> dict[str, Any]:
+        """Return the stage as in result.json."""
+        return {
+            "name": self.name,
+            "file": str(self.path.relative_to(folder)),
+            "network": self.network,
+            "accuracy_top1": self.accuracy_top1,
+            "validation_accuracy": self.validation_accuracy,
+            "latency_ms": self.timing.as_dict() if self.timing else None,
+            "model_bytes": self.path.stat().st_size,
+            "params": self.params,
+            "macs": self.macs,
+            "accepted": self.accepted,
+            "reason": self.reason,
+        }
+
+
+def stages_of(
+    config: dict[str, Any], folder: Path, data: Data, device: Device, *, resume: bool
+) -> list[Stage]:
+    """Build every stage on the best one before it, and decide which are kept."""
+    judge = Judge(config, folder, data, device)
+    fp32 = _exported("fp32", "train", folder, data)
+    fp32.reason = "the trained network, always a candidate"
+    stages = [fp32]
+
+    if not (folder / "pruned" / "network.yaml").is_file():
+        network, card = load_network(folder / "train")
+        prune_and_tune(network, card, data, config, folder / "pruned", resume=resume)
+    pruned = _exported("pruned", "pruned", folder, data)
+    judge.decide(pruned, best=fp32, trained=fp32)
+    stages.append(pruned)
+
+    best = pruned if pruned.accepted else fp32
+    int8 = _quantized(config, best, folder, data)
+    judge.decide(int8, best=best, trained=fp32)
+    stages.append(int8)
+
+    for stage in stages:  # all decisions are made: the first and only look at the test images
+        stage.accuracy_top1 = _accuracy(stage.path, data, data.test)
+    return stages
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Accepts or rejects a stage against the best one before it."""
+
+    config: dict[str, Any]
+    folder: Path
+    data: Data
+    device: Device
+
+    def decide(self, stage: Stage, *, best: Stage, trained: Stage) -> None:
+        """Reject a stage that is slower than the noise allows, or too inaccurate."""
+        record = self.folder / "models" / f"{stage.name}.decision.json"
+        if not record.is_file():
+            ratio, noise_floor = self._ratio(stage, best)
+            write_json(record, {"ratio": ratio, "noise_floor": noise_floor})
+        found = read_json(record)
+        ratio, noise_floor = found["ratio"], found["noise_floor"]
+        drop = trained.validation_accuracy - stage.validation_accuracy
+        allowed = self.config["max_accuracy_drop"]
+        speed = f"{1 / ratio:.2f} times as fast as {best.name}"
+        noise = f"noise {100 * noise_floor:.1f} %"
+        if drop > allowed:
+            stage.accepted = False
+            stage.reason = f"rejected: validation accuracy falls by {drop:.4f}, allowed {allowed:g}"
+        elif ratio > 1 + noise_floor:
+            stage.accepted = False
+            stage.reason = f"rejected: slower, {speed} ({noise})"
+        else:
+            stage.reason = f"accepted: {speed} ({noise}), validation accuracy {0.0 - drop:+.4f}"
+
+    def _ratio(self, stage: Stage, best: Stage) -> tuple[float, float]:
+        with progress(f"Timing {stage.name} against {best.name}", total=ROUNDS) as advance:
+            measurement = self.device.measure(
+                [best.path, stage.path], seed=self.config["seed"], progress=advance
+            )
+        before, after = measurement.timings
+        return after.latency_ms / before.latency_ms, measurement.noise_floor
+
+
+def final_measurement(stages: Sequence[Stage], folder: Path, device: Device, *, seed: int) -> float:
+    """Time all stages against each other once more, for the table; return the noise floor."""
+    with progress("Timing all stages", total=ROUNDS) as advance:
+        measurement = device.measure(
+            [stage.path for stage in stages], seed=seed + 1, progress=advance
+        )
+    for stage, timing in zip(stages, measurement.timings, strict=True):
+        stage.timing = timing
+    return measurement.noise_floor
+
+
+def _exported(name: str, source: str, folder: Path, data: Data) -> Stage:
+    network, card = load_network(folder / source)
+    path = folder / "models" / f"{name}.onnx"
+    shown = Subset(data.validation, torch.arange(min(PARITY_IMAGES, len(data.validation))))
+    images = torch.cat([x for x, _ in batches(shown, PARITY_IMAGES, mean=card.mean, std=card.std)])
+    export_onnx(network, path, card=card, images=images.contiguous())
+    found: Count = count(network, card.input_shape)
+    accuracy = _accuracy(path, data, data.validation)
+    return Stage(name, path, source, found.params, found.macs, accuracy)
+
+
+def _quantized(config: dict[str, Any], best: Stage, folder: Path, data: Data) -> Stage:
+    path = folder / "models" / "int8.onnx"
+    method = build_method(StaticQuantization, config["compression"]["quantization"], "quantization")
+    quantize_file(best.path, path, data, method, seed=config["seed"])
+    accuracy = _accuracy(path, data, data.validation)
+    return Stage("int8", path, best.network, best.params, best.macs, accuracy)
+
+
+def _accuracy(path: Path, data: Data, images: Any) -> float:
+    return accuracy_of_file(path, images, mean=data.mean, std=data.std)
+
+
+def print_stages(stages: Sequence[Stage]) -> None:
+    """Print a row per stage."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="stages", title_justify="left")
+    for name in ("stage", "accuracy", "latency ms", "kB", "params", "multiply-adds", "verdict"):
+        table.add_column(name, justify="left" if name in ("stage", "verdict") else "right")
+    for stage in stages:
+        assert stage.timing is not None
+        t = stage.timing
+        table.add_row(
+            stage.name,
+            f"{stage.accuracy_top1:.4f}",
+            f"{t.latency_ms:.4g} ({t.low_ms:.4g}-{t.high_ms:.4g})",
+            f"{stage.path.stat().st_size / 1024:.0f}",
+            f"{stage.params:,}",
+            f"{stage.macs:,}",
+            stage.reason,
+        )
+    Console(width=None if Console().is_terminal else 140).print(table)

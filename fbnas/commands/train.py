@@ -1,0 +1,97 @@
+"""fbnas train: one architecture, best by validation."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fbnas.commands.folder import OutFolder
+from fbnas.commands.parts import card_for, data_for, search_folder, space_for
+from fbnas.errors import InputError
+from fbnas.files import write_yaml
+from fbnas.search import read_result, read_supernet
+from fbnas.space import Architecture, Network, SearchSpace, build_network, count, save_network
+from fbnas.training.evaluation import evaluate
+from fbnas.training.loop import TrainingResult, train
+from fbnas.training.settings import TrainingSettings
+
+
+def main(config: dict[str, Any]) -> int:
+    settings = TrainingSettings.from_dict(config["training"])
+    architecture = Architecture.load(config["architecture"])
+    space = space_for(config, architecture)
+    architecture.path(space)
+    data = data_for(config, space)
+    torch.manual_seed(config["seed"])
+    network = start(space, architecture, data.classes, config["supernet"])
+    out = OutFolder(config)
+    result = train(
+        network,
+        data,
+        settings=settings,
+        seed=config["seed"],
+        out=out.folder,
+        resume=out.resume,
+        on_epoch=report_epoch(settings.epochs),
+    )
+    card = card_for(space, architecture, data)
+    save_network(out.folder, result.network, card)
+    write_yaml(out.folder / "space.yaml", space.to_dict())
+    _, accuracy = evaluate(result.network, data.test, mean=data.mean, std=data.std)
+    found = count(result.network, card.input_shape)
+    print(describe(result, accuracy, out.folder))
+    out.finish(
+        space=space.name,
+        architecture=list(architecture.blocks),
+        accuracy_top1=accuracy,
+        validation_accuracy=result.validation_accuracy,
+        best_epoch=result.best_epoch,
+        params=found.params,
+        macs=found.macs,
+        predicted_latency_ms=architecture.provenance.get("predicted_latency_ms"),
+    )
+    return 0
+
+
+def start(
+    space: SearchSpace, architecture: Architecture, classes: int, supernet: str | None
+) -> Network:
+    """Build the network, fresh or with a copy of the shared weights of the search in `supernet`.
+
+    Raises:
+        InputError: the search was for another space or number of classes.
+    """
+    if supernet is None:
+        return build_network(space, architecture, classes)
+    folder = search_folder(supernet)
+    searched, _, searched_classes = read_result(folder)
+    if searched.to_dict() != space.to_dict() or searched_classes != classes:
+        raise InputError(
+            f"{folder} was searched in space {searched.name} with {searched_classes} classes; this "
+            f"is {space.name} with {classes}: only the same space shares weights."
+        )
+    return read_supernet(folder, searched, classes).network(architecture)
+
+
+def report_epoch(epochs: int, every: int = 1) -> Any:
+    """Return a function that prints a line for an epoch's row."""
+
+    def show(row: dict[str, Any]) -> None:
+        if (row["epoch"] + 1) % every and row["epoch"] + 1 != epochs:
+            return
+        print(
+            f"epoch {row['epoch'] + 1:3d}/{epochs} | loss {row['loss']:.3f} "
+            f"acc {100 * row['accuracy']:5.1f} % | validation loss {row['validation_loss']:.3f} "
+            f"acc {100 * row['validation_accuracy']:5.1f} % | {row['seconds']:.1f} s",
+            flush=True,
+        )
+
+    return show
+
+
+def describe(result: TrainingResult, accuracy: float, folder: Path) -> str:
+    """Say in a line what training came to."""
+    return (
+        f"{folder}: best epoch {result.best_epoch + 1}, validation accuracy "
+        f"{100 * result.validation_accuracy:.2f} %, test accuracy {100 * accuracy:.2f} %"
+    )
