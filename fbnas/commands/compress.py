@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import check_class_names, data_for, network_folder
+from fbnas.commands.parts import check_class_names, data_for, data_of_file, network_folder
 from fbnas.commands.train import report_epoch
 from fbnas.compression import (
     ChannelPruning,
@@ -14,8 +14,8 @@ from fbnas.compression import (
     compress_,
     quantize_file,
 )
-from fbnas.errors import InputError, unknown
-from fbnas.export import accuracy_of_file, export_onnx, read_metadata
+from fbnas.errors import unknown
+from fbnas.export import accuracy_of_file, export_onnx
 from fbnas.space import NetworkCard, count, load_network, save_network
 from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate
@@ -103,16 +103,11 @@ def _quantize(config: dict[str, Any]) -> int:
     card = None
     if not (model.is_file() and model.suffix == ".onnx"):
         network, card = load_network(network_folder(model))
-        names, mean, std = card.class_names, card.mean, card.std
+        mean, std = card.mean, card.std
         data = data_for(config, card.space)
+        check_class_names(data, card.class_names)
     else:
-        stated = read_metadata(model)
-        if "preprocessing" not in stated:
-            raise InputError(f"{model} was not written by fbnas; expected a file of fbnas export.")
-        names = tuple(stated["class_names"])
-        mean, std = (tuple(stated["preprocessing"][key]) for key in ("mean", "std"))
-        data = data_for(with_preprocessing(config, stated["preprocessing"]))
-    check_class_names(data, names)
+        data, mean, std = data_of_file(config, model)
     out = OutFolder(config)
     source = model
     if card is not None:
@@ -135,13 +130,6 @@ def _quantize(config: dict[str, Any]) -> int:
         macs=counted and counted.macs,
     )
     return 0
-
-
-def with_preprocessing(config: dict[str, Any], preprocessing: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with the data's resolution and channels as a file expects them."""
-    shape = {key: preprocessing[key] for key in ("resolution", "channels")}
-    data = {**config["data"], **shape}
-    return {**config, "data": data}
 
 
 def build_method(kind: type, options: dict[str, Any], where: str) -> Any:

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fbnas.commands.compress import with_preprocessing
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import check_class_names, data_for, device_of
+from fbnas.commands.parts import data_of_file, device_of
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, read_metadata
 from fbnas.latency.devices import ROUNDS
@@ -19,23 +18,12 @@ def main(config: dict[str, Any]) -> int:
     target_ms = config["target_ms"]
     if target_ms is not None and not target_ms > 0:
         raise InputError(f"target_ms={target_ms}; expected a positive number of milliseconds.")
-    stated = read_metadata(model)
-    if "preprocessing" not in stated:
-        raise InputError(
-            f"{model} does not say how its images are prepared; expected a file of fbnas export."
-        )
-    preprocessing = stated["preprocessing"]
-    data = data_for(with_preprocessing(config, preprocessing))
-    check_class_names(data, tuple(stated["class_names"]))
+    data, mean, std = data_of_file(config, model)
     out = OutFolder(config)
-    accuracy = accuracy_of_file(
-        model, data.test, mean=preprocessing["mean"], std=preprocessing["std"]
-    )
+    accuracy = accuracy_of_file(model, data.test, mean=mean, std=std)
     rounds = config["rounds"] or ROUNDS
     with progress(f"Timing {model.name}", total=rounds) as advance:
-        measurement = device.measure(
-            [model, model], rounds=rounds, seed=config["seed"], progress=advance
-        )
+        measurement = device.measure([model], rounds=rounds, seed=config["seed"], progress=advance)
     timing = measurement.timings[0]
     print(f"{model}: accuracy {accuracy:.4f} on {len(data.test)} test images of {data.name}")
     print(
@@ -55,7 +43,7 @@ def main(config: dict[str, Any]) -> int:
         noise_floor=measurement.noise_floor,
         target_ms=target_ms,
         model_bytes=model.stat().st_size,
-        architecture=stated.get("architecture"),
+        architecture=read_metadata(model).get("architecture"),
         device=device.fingerprint(),
     )
     return 3 if missed else 0

@@ -1,15 +1,19 @@
 """What several commands build from their configuration."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fbnas.errors import InputError
+from fbnas.export import input_size, read_metadata
 from fbnas.files import read_json
 from fbnas.latency.devices import Device
 from fbnas.shipped import shipped_names
 from fbnas.space import Architecture, NetworkCard, SearchSpace
 from fbnas.training.data import Data, load_data
+
+log = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 
@@ -88,6 +92,27 @@ def check_class_names(data: Data, names: tuple[str, ...]) -> None:
             f"{data.name} has {data.classes} classes ({', '.join(data.class_names[:3])}, ...), the "
             f"network was trained for {len(names)} ({', '.join(names[:3])}, ...); give its data."
         )
+
+
+def data_of_file(config: Config, model: Path) -> tuple[Data, tuple[float, ...], tuple[float, ...]]:
+    """Load the data as an ONNX file wants it: with the mean and std that the file states.
+
+    A file that fbnas did not write states none: its input gives the size of the images, and the
+    data's own mean and std are taken, which is said.
+
+    Raises:
+        InputError: not an ONNX file, or data of other classes.
+    """
+    stated = read_metadata(model)
+    size = stated.get("preprocessing") or input_size(model)
+    shape = {key: size[key] for key in ("resolution", "channels") if key in size}
+    data = data_for({**config, "data": {**config["data"], **shape}})
+    if "preprocessing" not in stated:
+        log.warning("%s states no preprocessing: taking the data's own mean and std", model)
+        return data, data.mean, data.std
+    check_class_names(data, tuple(stated["class_names"]))
+    mean, std = (tuple(stated["preprocessing"][key]) for key in ("mean", "std"))
+    return data, mean, std
 
 
 def search_folder(run: str | Path) -> Path:

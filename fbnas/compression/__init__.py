@@ -39,19 +39,19 @@ def compress_(
     model: nn.Module,
     method: Any,
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, int, int] | None = None,
     train: Callable[[nn.Module], Any] | None = None,
 ) -> CompressionReport:
     """Compress a network in place; the type of `method` chooses how.
 
-        compress_(network, ChannelPruning(ratio=0.25), input_shape=card.input_shape, train=tune)
+        compress_(network, ChannelPruning(ratio=0.25), train=tune)
 
     Args:
-        input_shape: (c, h, w) of one image.
+        input_shape: (c, h, w) of one image; a network of `build_network` knows its own.
         train: fine-tunes the compressed network in place.
 
     Raises:
-        InputError: no handler for this type of method.
+        InputError: no handler for this type of method, or no input shape.
     """
     if isinstance(method, StaticQuantization):
         raise InputError(
@@ -64,6 +64,10 @@ def compress_(
             f"Unknown compression method {type(method).__name__}. Known: {known}; "
             "StaticQuantization goes to quantize_file."
         )
+    if input_shape is None:
+        input_shape = getattr(model, "input_shape", None)
+    if input_shape is None:
+        raise InputError("compress_ got no input_shape; expected (channels, height, width).")
     before = count(model, input_shape)
     changes = HANDLERS[type(method)](model, method, input_shape=input_shape)
     trained = train(model) if train is not None else None

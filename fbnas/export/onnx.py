@@ -52,7 +52,7 @@ def export_onnx(
 
     Args:
         card: goes into the file's metadata, and gives the input shape.
-        input_shape: (c, h, w), where there is no card.
+        input_shape: (c, h, w), where there is no card and the network does not know its own.
         images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
         tolerance: the largest `max_error` that is accepted.
 
@@ -61,6 +61,7 @@ def export_onnx(
         RuntimeError: the file disagrees with torch; it is not kept.
     """
     shape = card.input_shape if card is not None else input_shape
+    shape = getattr(network, "input_shape", None) if shape is None else shape
     if shape is None:
         raise InputError("export_onnx got neither card nor input_shape; expected one of them.")
     if images is None:

@@ -52,6 +52,21 @@ def open_session(
         ) from error
 
 
+def input_size(path: Path | str) -> dict[str, int]:
+    """Return what a file's input says of its images: channels and resolution, where it is fixed.
+
+    Raises:
+        InputError: not an ONNX file, or one that takes something else than square images.
+    """
+    session = open_session(path, optimise=False)
+    shape = session.get_inputs()[0].shape
+    fixed = {name: side for name, side in zip("nchw", shape, strict=False) if isinstance(side, int)}
+    if len(shape) != 4 or fixed.get("h", 0) != fixed.get("w", 0):
+        raise InputError(f"{path} takes input of {shape}; expected square images (n, c, h, w).")
+    sizes = {"channels": fixed.get("c"), "resolution": fixed.get("h")}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
 def run(session: "onnxruntime.InferenceSession", images: Tensor) -> Tensor:
     """Return the first output for (n, c, h, w) float images; a fixed batch is fed piece by piece.
 

@@ -113,11 +113,9 @@ class SearchSettings:
 
     def tau_at(self, epoch: int) -> float:
         """Temperature of an epoch, counted from 0; it follows the number of epochs asked for."""
-        if self.tau_final is None:
-            return self.tau * math.exp(
-                -TAU_DECAY_PER_EPOCH * PUBLISHED_EPOCHS * epoch / self.epochs
-            )
         done = epoch / max(self.epochs - 1, 1)
+        if self.tau_final is None:
+            return self.tau * math.exp(-TAU_DECAY_PER_EPOCH * (PUBLISHED_EPOCHS - 1) * done)
         return self.tau * (self.tau_final / self.tau) ** done
 
     @classmethod
@@ -202,6 +200,8 @@ def search(
     )
     if resume:
         loop.restore()
+    elif loop.out:  # nobody shall resume from what an older search left
+        (loop.out / "checkpoint.pt").unlink(missing_ok=True)
     with stop_on_signal() as stop, logbook.open_logbook(loop.out, loop.history) as book:
         for epoch in range(loop.epoch, loop.settings.epochs):
             loop.train_weights(epoch, stop)
@@ -367,12 +367,20 @@ class _Loop:
             raise KeyboardInterrupt
 
     def refuse_nan(self, epoch: int) -> None:
-        for part, sums in self.sums.items():
-            if not torch.isfinite(sums[0]):
-                kept = f" The checkpoint of epoch {self.epoch} is kept." if self.out else ""
+        """Look before a checkpoint is written: a last step may spoil weights whose loss was fine.
+
+        Raises:
+            TrainingDiverged: a loss, the weights or theta are no longer numbers.
+        """
+        found = {f"{part} loss is": [sums[0]] for part, sums in self.sums.items()}
+        found["supernet's weights are"] = list(self.supernet.state_dict().values())
+        found["values of theta are"] = [d.logits for d in self.distributions]
+        for subject, tensors in found.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                path = self.out and self.out / "checkpoint.pt"
+                kept = f" {path} is kept as it was before." if path and path.exists() else ""
                 raise TrainingDiverged(
-                    f"The {part} loss is not a number in epoch {epoch + 1}; expected a "
-                    "finite loss: "
+                    f"The {subject} not a number in epoch {epoch + 1}; expected finite values: "
                     f"lower search.weights_lr ({self.settings.weights_lr}) or search.theta_lr "
                     f"({self.settings.theta_lr}).{kept}"
                 )
@@ -430,23 +438,47 @@ class _Loop:
             "space": self.supernet.space.to_dict(),
             "data": [self.data.name, len(self.data.train), list(self.data.class_names)],
             "budgets_ms": [learner.target.budget_ms for learner in self.learners],
+            "tables": [  # nan, where a block is not offered, would equal nothing
+                [learner.base_ms, *learner.latency_ms.nan_to_num(-1.0).flatten().tolist()]
+                for learner in self.learners
+            ],
             "objective": repr(self.objective),
             "search": settings,
             "seed": self.seed,
         }
 
     def restore(self) -> None:
-        """Continue from the checkpoint in `out`, if there is one."""
+        """Continue from the checkpoint in `out`, if there is one.
+
+        Raises:
+            InputError: a checkpoint that is damaged, or of something else than this search.
+        """
         if self.out is None or not (self.out / "checkpoint.pt").exists():
             return
-        state = load_checkpoint(self.out / "checkpoint.pt")
+        path = self.out / "checkpoint.pt"
+        state = load_checkpoint(path)
+        if not isinstance(state, dict) or "recipe" not in state:
+            raise InputError(
+                f"{path} is not the checkpoint of a search; give the folder of one, or start again "
+                "with overwrite=true."
+            )
         for key, value in self.recipe().items():
-            if state["recipe"][key] != value:
+            if state["recipe"].get(key) != value:
                 raise InputError(
-                    f"{self.out / 'checkpoint.pt'} is of another search: {key} was "
-                    f"{state['recipe'][key]}, now {value}; resume with the same options, or start "
-                    "again with overwrite=true."
+                    f"{path} is of another search: {_difference(key, state['recipe'].get(key), value)}; "
+                    "resume with the same options, or start again with overwrite=true."
                 )
+        try:
+            self.take_up(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: the checkpoint does not fit this search ({str(error).splitlines()[0][:80]}); "
+                "expected one that fbnas search wrote. Start again with overwrite=true."
+            ) from error
+        log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Put back everything that `save` wrote."""
         self.supernet.load_state_dict(state["supernet"])
         self.weights_optimiser.load_state_dict(state["weights_optimiser"])
         for learner, stored in zip(self.learners, state["learners"], strict=True):
@@ -461,7 +493,17 @@ class _Loop:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-        log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """Say in a few words what differs between two values of a recipe."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in now:
+            if before.get(name) != now[name]:
+                return _difference(f"{key}.{name}", before.get(name), now[name])
+    if len(f"{before}{now}") > 200:
+        return f"{key} differ"
+    return f"{key} was {before}, now {now}"
 
 
 def _learner(

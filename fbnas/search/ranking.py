@@ -44,9 +44,11 @@ def rank_by_shared_weights(
         data.train, fraction=weights_fraction, seed=seed
     )
     calibration = list(
-        batches(_some(weights_images, calibration_images), BATCH, mean=data.mean, std=data.std)
+        batches(
+            _some(weights_images, calibration_images, seed), BATCH, mean=data.mean, std=data.std
+        )
     )
-    held_out = _some(theta_images, held_out_images)
+    held_out = _some(theta_images, held_out_images, seed)
     ranked = []
     with progress("Ranking with the shared weights", total=len(architectures)) as advance:
         for architecture in architectures:
@@ -58,7 +60,7 @@ def rank_by_shared_weights(
     return sorted(ranked, key=lambda r: r.cross_entropy)
 
 
-def _some(images: Images, limit: int) -> Subset:
-    """A spread of at most `limit` images: theirs are in order of the data set, maybe by class."""
-    step = max(len(images) // limit, 1)
-    return Subset(images, torch.arange(0, len(images), step)[:limit])
+def _some(images: Images, limit: int, seed: int) -> Subset:
+    """At most `limit` images in a random order: a batch of theirs, by class, has odd statistics."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return Subset(images, order[:limit])

@@ -155,16 +155,14 @@ register_block("k5_e6")(_inverted_residual(kernel=5, expansion=6))
 
 @register_block("skip")
 def skip(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The identity; where the shape changes a strided 1x1 conv, BN, ReLU, as in the "
-    "authors' code."""
+    """The identity; where the shape changes a strided 1x1 conv, BN, ReLU (the authors' code)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return ConvBN(in_channels, out_channels, stride=stride)
 
 
 def output_shape(block: nn.Module, in_channels: int, side: int) -> tuple[int, ...]:
-    """Return (channels, height, width) of a block's output for a square input, computing "
-    "nothing."""
+    """Return (channels, height, width) of a block's output for a square input, without computing."""
     with torch.device("meta"):
         images = torch.empty(2, in_channels, side, side)
     with torch.no_grad():

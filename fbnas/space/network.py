@@ -12,17 +12,27 @@ from torch import Tensor, nn
 from fbnas.errors import InputError
 from fbnas.files import atomic_write, read_yaml, write_yaml
 from fbnas.space.architecture import Architecture
-from fbnas.space.blocks import ConvBN, build_block
+from fbnas.space.blocks import ConvBN, InvertedResidual, build_block
 from fbnas.space.search_space import SearchSpace
 
 
 class Network(nn.Module):
-    """Stem, one block per layer, head, classifier: (n, c, R, R) images to (n, classes) scores."""
+    """Stem, one block per layer, head, classifier: (n, c, R, R) images to (n, classes) scores.
+
+    `input_shape`: (c, R, R) of one image.
+    """
 
     def __init__(
-        self, stem: nn.Module, layers: list[nn.Module], head: nn.Module, classifier: nn.Module
+        self,
+        stem: nn.Module,
+        layers: list[nn.Module],
+        head: nn.Module,
+        classifier: nn.Module,
+        *,
+        input_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
+        self.input_shape = input_shape
         self.stem = stem
         self.layers = nn.ModuleList(layers)
         self.head = head
@@ -36,8 +46,7 @@ class Network(nn.Module):
 
 
 def build_stem(space: SearchSpace) -> nn.Module:
-    """3x3 conv, BN, ReLU: (n, input_channels, R, R) to (n, stem.channels, R / stride, R / "
-    "stride)."""
+    """3x3 conv, BN, ReLU: (n, input_channels, R, R) to (n, stem.channels, R / s, R / s)."""
     return ConvBN(space.input_channels, space.stem.channels, kernel=3, stride=space.stem.stride)
 
 
@@ -72,7 +81,11 @@ def build_network(space: SearchSpace, architecture: Architecture, classes: int =
         for name, layer in zip(architecture.blocks, space.layers, strict=True)
     ]
     network = Network(
-        build_stem(space), layers, build_head(space), build_classifier(space, classes)
+        build_stem(space),
+        layers,
+        build_head(space),
+        build_classifier(space, classes),
+        input_shape=(space.input_channels, space.resolution, space.resolution),
     )
     return initialise_(network)
 
@@ -88,8 +101,11 @@ def initialise_(module: nn.Module) -> Any:
     """Initialise in place: He normal (fan out) for convolutions, N(0, 0.01) for linear layers.
 
     std = sqrt(2 / (K * K * C_out / groups)): torch's own initialiser leaves the groups out, and so
-    begins depthwise weights so small that a step of SGD throws them far.
-    Source: He et al. 2015 (arXiv 1502.01852); the same for every network and the supernet.
+    begins depthwise weights so small that a step of SGD throws them far. The last normalisation of
+    a residual block begins at zero, so that every block begins as the identity: a supernet on
+    sampled paths, whose layers otherwise see other features each step, then learns several times
+    as fast (digits, 24 epochs, one seed: 57 % instead of 18 % of the training images).
+    Sources: He et al. 2015 (arXiv 1502.01852); Goyal et al. 2017 (arXiv 1706.02677), section 5.1.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
@@ -98,13 +114,14 @@ def initialise_(module: nn.Module) -> Any:
         elif isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=0.01)
             nn.init.zeros_(part.bias)
+        elif isinstance(part, InvertedResidual) and part.residual:
+            nn.init.zeros_(part.project[1].weight)
     return module
 
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters and multiply-adds of convolutions and linear layers, batch normalisation "
-    "left out."""
+    """Parameters and multiply-adds of convolutions and linear layers; no batch normalisation."""
 
     params: int
     macs: int
@@ -128,13 +145,14 @@ def count(network: nn.Module, input_shape: tuple[int, int, int]) -> Count:
 
     counted = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [module.register_forward_hook(add) for module in counted]
-    was_training = network.training
+    modes = {module: module.training for module in network.modules()}
     device = next(network.parameters()).device
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(1, *input_shape, device=device))
     finally:
-        network.train(was_training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     return Count(params, macs)

@@ -40,7 +40,7 @@ def train(
     network: nn.Module,
     data: Data,
     *,
-    settings: TrainingSettings,
+    settings: TrainingSettings | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     resume: bool = False,
@@ -62,6 +62,7 @@ def train(
         KeyboardInterrupt: SIGINT or SIGTERM, after the checkpoint of the current step was written.
         InputError: a checkpoint to resume from of other settings, seed, data or architecture.
     """
+    settings = settings or TrainingSettings()
     torch.manual_seed(seed)
     device = choose_device(settings.device)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
