@@ -162,7 +162,7 @@ def skip(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 def output_shape(block: nn.Module, in_channels: int, side: int) -> tuple[int, ...]:
-    """Return (channels, height, width) of a block's output for a square input, without computing."""
+    """Return (channels, height, width) of a block's output for a square input."""
     with torch.device("meta"):
         images = torch.empty(2, in_channels, side, side)
     with torch.no_grad():

@@ -115,7 +115,9 @@ def initialise_(module: nn.Module) -> Any:
             nn.init.normal_(part.weight, std=0.01)
             nn.init.zeros_(part.bias)
         elif isinstance(part, InvertedResidual) and part.residual:
-            nn.init.zeros_(part.project[1].weight)
+            norm = part.project[1]
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.zeros_(norm.weight)
     return module
 
 

@@ -85,7 +85,7 @@ def test_without_a_card_there_are_no_metadata(tmp_path: Path) -> None:
     export_onnx(network(), tmp_path / "x.onnx", input_shape=(3, 12, 12))
     assert read_metadata(tmp_path / "x.onnx") == {}
     with pytest.raises(InputError, match="neither card nor input_shape"):
-        export_onnx(network(), tmp_path / "y.onnx")
+        export_onnx(nn.Sequential(nn.Flatten()), tmp_path / "y.onnx")
 
 
 class DependsOnTraining(nn.Module):
