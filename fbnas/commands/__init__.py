@@ -2,9 +2,12 @@
 
 import importlib
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from fbnas import __version__
 from fbnas.errors import InputError, closest
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fbnas {__version__}")
         return DONE
     command, overrides = arguments[0], arguments[1:]
+    config: dict[str, Any] = {}
     if command not in COMMANDS:
         guess = closest(command, COMMANDS)
         hint = f" Did you mean '{guess}'?" if guess else ""
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        print(_how_to_resume(command, overrides), file=sys.stderr)
+        print(_how_to_resume(command, overrides, config.get("out")), file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -76,9 +80,10 @@ def _refuse(message: str) -> int:
     return WRONG_INPUT
 
 
-def _how_to_resume(command: str, overrides: Sequence[str]) -> str:
-    if command in ("run", "search", "train", "compress"):
-        again = " ".join([command, *(o for o in overrides if not o.startswith("overwrite="))])
+def _how_to_resume(command: str, overrides: Sequence[str], out: str | None) -> str:
+    begun = out is not None and (Path(out) / "config.yaml").is_file()
+    if command in ("run", "search", "train", "compress") and begun:
+        again = shlex.join([command, *(o for o in overrides if not o.startswith("overwrite="))])
         resume = "" if "resume=true" in overrides else " resume=true"
         return f"fbnas: interrupted. Continue with: fbnas {again}{resume}"
     if command == "profile":

@@ -6,7 +6,7 @@ a temporary folder on Hydra's search path, so that they compose like shipped one
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fbnas.commands.values import check_values
 from fbnas.errors import InputError, closest
 from fbnas.files import read_yaml
 from fbnas.shipped import configs_folder, looks_like_path, shipped_names
+
+OPTIONAL_IN_SPACE = {"input_channels": 3, "skip_on_reduction": True, "modules": []}
 
 
 def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -31,28 +34,40 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         InputError: an override that is no `key=value`, an unknown key or name (with the closest),
             or a value that is required and missing.
     """
-    groups = groups_of(command)
+    groups, values = groups_of(command), {}
     with tempfile.TemporaryDirectory() as folder:
-        staged = [_stage(override, groups, Path(folder)) for override in overrides]
+        staged = []
+        for override in overrides:
+            key, value = _split(override)
+            if key == "architecture":  # Hydra would take the folder of shipped ones for a group
+                values[key] = value
+            elif key in groups and value != "null":
+                staged.append(f"{key}={_stage(command, key, value, Path(folder))}")
+            else:
+                staged.append(override)
         search_path = f"hydra.searchpath=[file://{folder}]"
         try:
             GlobalHydra.instance().clear()
             with initialize_config_dir(str(configs_folder().absolute()), version_base="1.3"):
                 config = hydra_compose(command, [*staged, search_path])
+            for key, value in values.items():
+                config[key] = value
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(_explain(error, command, overrides)) from error
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise InputError(
-                f"fbnas {command} needs {missing[0]}=...; {_comment(command, missing[0])}"
-                f"See: fbnas {command} --help"
-            )
-        try:
-            resolved = OmegaConf.to_container(config, resolve=True)
-        except OmegaConfBaseException as error:
-            raise InputError(f"{str(error).splitlines()[0]}; mend the override.") from error
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InputError(
+            f"fbnas {command} needs {missing[0]}=...; "
+            f"{_comment(command, missing[0], overrides)}See: fbnas {command} --help"
+        )
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{str(error).splitlines()[0]}; mend the override.") from error
     assert isinstance(resolved, dict)
-    return {"command": command, **{str(key): value for key, value in resolved.items()}}
+    given = {str(key): value for key, value in resolved.items()}
+    checked = check_values(command, given, shipped=_shipped_values(command))
+    return {"command": command, **checked}
 
 
 def groups_of(command: str) -> list[str]:
@@ -61,30 +76,31 @@ def groups_of(command: str) -> list[str]:
     return [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
 
 
-def _stage(override: str, groups: Sequence[str], folder: Path) -> str:
-    """Check one override's form; lay a file of the user's own where Hydra finds it."""
+def _split(override: str) -> tuple[str, str]:
+    """Return key and value of an override of the right form."""
     key, equals, value = override.partition("=")
     if override.startswith("-"):
         raise InputError(f"'{override}' is no option; expected key=value, for example seed=1.")
-    if not equals or not key:
+    if not equals or not key or key.startswith("hydra."):
         raise InputError(f"'{override}' is not understood; expected key=value, for example seed=1.")
-    if key not in groups or value == "null":
-        return override
-    if looks_like_path(value):
-        return f"{key}={_copy(key, Path(value).expanduser(), folder)}"
-    if value not in shipped_names(key):
-        if Path(value).is_file():
-            return f"{key}={_copy(key, Path(value), folder)}"
-        guess = closest(value, shipped_names(key))
+    return key, value
+
+
+def _stage(command: str, group: str, value: str, folder: Path) -> str:
+    """Return a name that Hydra finds: a shipped one, or that of a copy of the user's file."""
+    if looks_like_path(value) or (value not in shipped_names(group) and Path(value).is_file()):
+        return _copy(command, group, Path(value).expanduser(), folder)
+    if value not in shipped_names(group):
+        guess = closest(value, shipped_names(group))
         hint = f"Did you mean '{guess}'? " if guess else ""
         raise InputError(
-            f"Unknown {key} '{value}'. {hint}Shipped: {', '.join(shipped_names(key))}; or give the "
-            "path of a YAML file."
+            f"Unknown {group} '{value}'. {hint}Shipped: {', '.join(shipped_names(group))}; or give "
+            "the path of a YAML file."
         )
-    return override
+    return value
 
 
-def _copy(group: str, path: Path, folder: Path) -> str:
+def _copy(command: str, group: str, path: Path, folder: Path) -> str:
     if not path.is_file():
         raise InputError(
             f"{path}: no such {group} file; expected a YAML file or one of the shipped names: "
@@ -92,13 +108,33 @@ def _copy(group: str, path: Path, folder: Path) -> str:
         )
     content = read_yaml(path)
     if group == "space":
-        content.setdefault("name", path.stem)
         modules = content.get("modules") or []
         content["modules"] = [str((path.parent / module).absolute()) for module in modules]
-    name = f"own_{path.stem}"
+        content = {"name": path.stem, **OPTIONAL_IN_SPACE, **content}
+    elif "defaults" not in content:
+        content = _filled(content, _base(command, group, content))
     (folder / group).mkdir(parents=True, exist_ok=True)
-    (folder / group / f"{name}.yaml").write_text(_header(path) + yaml.safe_dump(content))
-    return name
+    (folder / group / "own.yaml").write_text(_header(path) + yaml.safe_dump(content))
+    return "own"
+
+
+def _base(command: str, group: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shipped file whose values hold where the user's states none."""
+    files = [configs_folder() / group / f"{name}.yaml" for name in shipped_names(group)]
+    for key in ("source", "name"):  # of data and objectives: of the same kind
+        for file in files:
+            if key in content and read_yaml(file).get(key) == content[key]:
+                return read_yaml(file)
+    default = dict(_defaults(command)).get(group)
+    return read_yaml(configs_folder() / group / f"{default}.yaml") if default else {}
+
+
+def _filled(content: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**base, **content}
+    for key, value in base.items():
+        if isinstance(value, dict) and isinstance(filled[key], dict):
+            filled[key] = _filled(filled[key], value)
+    return filled
 
 
 def _header(path: Path) -> str:
@@ -110,12 +146,15 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     """Word Hydra's complaint in one line, with the closest known key."""
     text = " ".join(str(error).split())
     known = list(_keys(command))
+    given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         try:
             OverridesParser.create().parse_override(override)
         except HydraException:
             return f"'{override}' is not understood; expected key=value with a YAML value, quoted."
         key = override.partition("=")[0].lstrip("+~")
+        if key.startswith("space.") and "space" in known and "space" not in given:
+            return f"'{override}' changes no space; expected space=NAME or space=PATH beside it."
         if key not in known and re.search(rf"\b{re.escape(key.split('.')[-1])}\b", text):
             guess = closest(key, known)
             hint = f" Did you mean '{guess}'?" if guess else ""
@@ -125,55 +164,72 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
 
 def _keys(command: str) -> Iterator[str]:
     """All keys that a command knows: its own, and those of every file of its groups."""
+    yield from (key for key, _ in _shipped_values(command))
+    yield from groups_of(command)
+
+
+def _shipped_values(command: str) -> Iterator[tuple[str, Any]]:
+    """Every key of a command with a value that it has in a shipped file."""
     own = read_yaml(configs_folder() / f"{command}.yaml")
-    yield from (key for key in own if key != "defaults")
-    for group in groups_of(command):
-        yield group
+    yield from ((key, value) for key, value in own.items() if key != "defaults")
+    for group in set(groups_of(command)) - {"experiment"}:
         for name in shipped_names(group):
-            content = OmegaConf.create(read_yaml(configs_folder() / group / f"{name}.yaml"))
-            assert isinstance(content, DictConfig)
-            yield from (f"{group}.{key}" for key in _flat(content) if group != "experiment")
+            content = read_yaml(configs_folder() / group / f"{name}.yaml")
+            content.pop("defaults", None)
+            yield from _flat(content, f"{group}.")
 
 
-def _flat(content: DictConfig, prefix: str = "") -> Iterator[str]:
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
-        yield f"{prefix}{key!s}"
-        if isinstance(value, DictConfig):
-            yield from _flat(value, f"{prefix}{key!s}.")
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
 
 
-def _comment(command: str, key: str) -> str:
-    """Return what the config says of a key, as a sentence."""
+def _comment(command: str, key: str, overrides: Sequence[str]) -> str:
+    """Return what the config says of a required key, as a sentence."""
     group, _, name = key.rpartition(".")
-    files = [configs_folder() / f"{command}.yaml"]
-    files += [configs_folder() / group / f"{n}.yaml" for n in shipped_names(group)] if group else []
-    for file in files:
-        for line in file.read_text().splitlines():
-            found = re.match(rf"{re.escape(name)}:[^#]*#\s*(.*)", line)
-            if found and "???" in line:
-                return f"{found.group(1)}. "
+    file = configs_folder() / f"{command}.yaml"
+    if group:
+        chosen = dict(_split(override) for override in overrides).get(group, "")
+        file = configs_folder() / group / f"{chosen}.yaml"
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        found = re.match(rf"{re.escape(name)}:[^#]*#\s*(.*)", line)
+        if found:
+            return f"{found.group(1)}. "
     return ""
 
 
 def describe(command: str) -> str:
     """Return what `fbnas COMMAND --help` prints: the command's own config, explained by itself."""
-    lines = (configs_folder() / f"{command}.yaml").read_text().splitlines()
-    head = [
-        line.lstrip("# ").rstrip() if line == "#" else line[2:] for line in lines if line[:1] == "#"
-    ]
-    options = [x for x in lines if re.match(r"[a-z_]+:", x) and not x.startswith("defaults:")]
+    own = configs_folder() / f"{command}.yaml"
+    head = [line[2:] for line in own.read_text().splitlines() if line[:1] == "#"]
     text = [*head, "", "Options (key=value), with their defaults:"]
-    text += [f"  {line.replace('???', '(required)')}" for line in options]
+    text += [f"  {line}" for line in _option_lines(own)]
     groups = groups_of(command)
     if groups:
         text += ["", "Groups (GROUP=NAME, or GROUP=PATH of a YAML file; GROUP.KEY=VALUE):"]
     for group in groups:
         text.append(f"  {group}={' | '.join(shipped_names(group))}")
     for group, name in _defaults(command):
-        file = (configs_folder() / group / f"{name}.yaml").read_text().splitlines()
         text += ["", f"{group}={name}:"]
-        text += [f"  {group}.{line}" for line in file if re.match(r"[a-z_]+:", line)]
+        lines = _option_lines(configs_folder() / group / f"{name}.yaml")
+        text += [f"  {group}.{line}" for line in lines]
     return "\n".join(text)
+
+
+def _option_lines(file: Path) -> Iterator[str]:
+    """The lines of a config that state a value, with the whole key: `pruning.ratio: 0.25  # ...`"""
+    parent = ""
+    for line in file.read_text().splitlines():
+        found = re.match(r"( *)([a-z_]+):(.*)", line)
+        if not found or found.group(2) == "defaults":
+            continue
+        indent, key, rest = found.groups()
+        if not indent:
+            parent = f"{key}."
+        if rest.split("#")[0].strip():
+            yield f"{parent if indent else ''}{key}:{rest.replace('???', '(required)')}"
 
 
 def _defaults(command: str) -> Iterator[tuple[str, str]]:

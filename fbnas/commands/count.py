@@ -8,10 +8,10 @@ from fbnas.space import Architecture, build_network, count
 
 
 def main(config: dict[str, Any]) -> int:
-    out = OutFolder(config)
     architecture = Architecture.load(config["architecture"])
     space = space_for(config, architecture)
     network = build_network(space, architecture, classes=config["classes"])
+    out = OutFolder(config)
     side = space.resolution
     found = count(network, (space.input_channels, side, side))
     print(f"{config['architecture']}: {architecture}")

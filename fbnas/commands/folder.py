@@ -34,6 +34,11 @@ class OutFolder:
             raise InputError(f"out={path} is a file; expected a folder.")
         if path.is_dir() and any(path.iterdir()):
             self._check_contents(path, overwrite=overwrite)
+        elif self.resume:
+            raise InputError(
+                f"out={path} holds nothing to resume; expected the folder of an interrupted run: "
+                "leave resume=true out to start one."
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_yaml(path / "config.yaml", dict(self.config))

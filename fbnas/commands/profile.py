@@ -9,8 +9,8 @@ from fbnas.latency.profiling import ROUNDS, plan, profile
 
 
 def main(config: dict[str, Any]) -> int:
-    out = OutFolder(config)
     space, device = space_of(config), device_of(config)
+    out = OutFolder(config)
     if config["plan"]:
         items = plan(space, config["classes"])
         for item in items:

@@ -72,7 +72,8 @@ class Chain:
 def main(config: dict[str, Any]) -> int:
     _check(config)
     space, device = space_of(config), device_of(config)
-    chain = Chain(config, OutFolder(config), space, data_for(config, space), device)
+    data = data_for(config, space)  # before the out folder: a typo must not cost an older run
+    chain = Chain(config, OutFolder(config), space, data, device)
     headline(f"1/5 latency table of {device.name}: {device.runtime}, {device.precision}")
     table, calibrated = measured_table(chain)
     target = choose_target(
@@ -98,8 +99,13 @@ def _check(config: dict[str, Any]) -> None:
     TrainingSettings.from_dict(config["training"])
     build_objective(**config["objective"])
     target_ms = config["target_ms"]
-    if target_ms is not None and not (isinstance(target_ms, int | float) and target_ms > 0):
-        raise InputError(f"target_ms={target_ms!r}; expected a positive number of milliseconds.")
+    if target_ms is not None and not target_ms > 0:
+        raise InputError(f"target_ms={target_ms}; expected a positive number of milliseconds.")
+    if 0 < config["networks"] < calibration.LEAST_NETWORKS:
+        raise InputError(
+            f"networks={config['networks']}; expected 0, for no correction of the table, or at "
+            f"least {calibration.LEAST_NETWORKS}."
+        )
     for key, known in (
         ("rank", ("shared_weights", "probability")),
         ("init", ("scratch", "supernet")),

@@ -22,9 +22,6 @@ from fbnas.space import Architecture
 def main(config: dict[str, Any]) -> int:
     if config["rank"] not in ("probability", "shared_weights"):
         raise unknown("rank", config["rank"], ("probability", "shared_weights"))
-    for key in ("count", "random"):
-        if not isinstance(config[key], int) or config[key] < (key == "count"):
-            raise InputError(f"{key}={config[key]}; expected a whole number of at least 1.")
     source = search_folder(config["run"])
     space, learned, classes = read_result(source)
     if not 0 <= config["target"] < len(learned):
@@ -34,7 +31,7 @@ def main(config: dict[str, Any]) -> int:
     target = learned[config["target"]]
     budget_ms = target.budget_ms if config["target_ms"] is None else config["target_ms"]
     check_budget(budget_ms, target.latency_ms, target.base_ms)
-    out = OutFolder({**config, "out": config["out"]})
+    out = OutFolder(config)
     folder = out.path or Path(config["run"])
 
     theta = target.distribution

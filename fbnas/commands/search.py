@@ -96,10 +96,9 @@ def _pairs(table: Any, target_ms: Any) -> tuple[list[Path], list[float | None]]:
     tables = table if isinstance(table, list) else [table]
     budgets = target_ms if isinstance(target_ms, list) else [target_ms]
     for budget in budgets:
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
-            raise InputError(f"target_ms={budget!r}; expected a number of milliseconds.")
-        if budget is not None and not budget > 0:
-            raise InputError(f"target_ms={budget}; expected a positive number of milliseconds.")
+        number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        if budget is not None and not (number and budget > 0):
+            raise InputError(f"target_ms={budget!r}; expected a positive number of milliseconds.")
     if len(tables) == 1:
         tables = tables * len(budgets)
     if len(budgets) == 1:

@@ -1,0 +1,80 @@
+"""Values of options, checked against the kind of the shipped ones before a command sees them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fbnas.errors import InputError, unknown
+
+NUMBERS = (
+    "target_ms",
+    "rounds",
+    "data.resolution",
+    "data.channels",
+    "data.limit",
+)  # null by default
+LISTS = {"search": ("table", "target_ms")}  # options that take one value or a list of them
+LEAST = {"classes": 1, "candidates": 1, "count": 1, "networks": 0, "random": 0, "seed": 0}
+
+
+def check_values(
+    command: str, config: Mapping[str, Any], *, shipped: Iterable[tuple[str, Any]]
+) -> dict[str, Any]:
+    """Return the configuration, with names that look like numbers as text.
+
+    Args:
+        shipped: every key that the command knows, with a value that it has in a shipped file.
+
+    Raises:
+        InputError: an unknown option, or a value of another kind than the shipped one.
+    """
+    checked, examples = dict(config), _examples(shipped)
+    known = {key.partition(".")[0] for key in examples} | {"experiment"}
+    for key in config:
+        if key not in known:
+            raise unknown("option", key, known)
+    for key, example in examples.items():
+        *parents, name = key.split(".")
+        holder: Any = checked
+        for parent in parents:
+            holder = holder.get(parent) if isinstance(holder, Mapping) else None
+        value = holder.get(name) if isinstance(holder, Mapping) else None
+        if value is None or (key in LISTS.get(command, ()) and isinstance(value, list)):
+            continue
+        expected = _expected(key, value, example)
+        if expected:
+            raise InputError(f"{key}={value!r}; expected {expected}.")
+        if _is_name(key, example):
+            holder[name] = str(value)
+    return checked
+
+
+def _examples(shipped: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a value per key: of several the one that says most, so a fraction before null."""
+    examples: dict[str, Any] = {}
+    for key, value in shipped:
+        if examples.get(key) is None or isinstance(value, float):
+            examples[key] = value
+    return examples
+
+
+def _is_name(key: str, example: Any) -> bool:
+    return key not in NUMBERS and (example is None or isinstance(example, str))
+
+
+def _expected(key: str, value: Any, example: Any) -> str | None:
+    """Say what the option takes, or None where the value is that."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(example, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(example, int):
+        least = LEAST.get(key, -math.inf)
+        from_least = f" from {least}" if key in LEAST else ""
+        whole = number and isinstance(value, int) and value >= least
+        return None if whole else f"a whole number{from_least}"
+    if isinstance(example, float) or key in NUMBERS:
+        return None if number else "a number"
+    if isinstance(example, list | dict):
+        kind = "a list, as in [a, b]" if isinstance(example, list) else "a mapping, as in {a: 1}"
+        return None if isinstance(value, type(example)) else kind
+    return "one value" if isinstance(value, list | dict) else None
