@@ -463,17 +463,19 @@ class _Loop:
                 "with overwrite=true."
             )
         for key, value in self.recipe().items():
-            if state["recipe"].get(key) != value:
+            before = state["recipe"].get(key)
+            if before != value:
                 raise InputError(
-                    f"{path} is of another search: {_difference(key, state['recipe'].get(key), value)}; "
-                    "resume with the same options, or start again with overwrite=true."
+                    f"{path} is of another search: {_difference(key, before, value)}; resume "
+                    "with the same options, or start again with overwrite=true."
                 )
         try:
             self.take_up(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:80]
             raise InputError(
-                f"{path}: the checkpoint does not fit this search ({str(error).splitlines()[0][:80]}); "
-                "expected one that fbnas search wrote. Start again with overwrite=true."
+                f"{path}: the checkpoint does not fit this search ({reason}); expected one "
+                "that fbnas search wrote. Start again with overwrite=true."
             ) from error
         log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
 
