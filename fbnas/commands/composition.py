@@ -24,6 +24,7 @@ from fbnas.errors import InputError, closest
 from fbnas.files import read_yaml
 from fbnas.shipped import configs_folder, looks_like_path, shipped_names
 
+GROUPS = ("space", "data", "device", "search", "objective", "training", "compression", "experiment")
 OPTIONAL_IN_SPACE = {"input_channels": 3, "skip_on_reduction": True, "modules": []}
 
 
@@ -66,7 +67,7 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"{str(error).splitlines()[0]}; mend the override.") from error
     assert isinstance(resolved, dict)
     given = {str(key): value for key, value in resolved.items()}
-    checked = check_values(command, given, shipped=_shipped_values(command))
+    checked = check_values(command, given, shipped=_shipped_values(command), groups=GROUPS)
     return {"command": command, **checked}
 
 

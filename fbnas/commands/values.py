@@ -1,7 +1,7 @@
 """Values of options, checked against the kind of the shipped ones before a command sees them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fbnas.errors import InputError, unknown
@@ -18,20 +18,25 @@ LEAST = {"classes": 1, "candidates": 1, "count": 1, "networks": 0, "random": 0, 
 
 
 def check_values(
-    command: str, config: Mapping[str, Any], *, shipped: Iterable[tuple[str, Any]]
+    command: str,
+    config: Mapping[str, Any],
+    *,
+    shipped: Iterable[tuple[str, Any]],
+    groups: Sequence[str],
 ) -> dict[str, Any]:
     """Return the configuration, with names that look like numbers as text.
 
     Args:
         shipped: every key that the command knows, with a value that it has in a shipped file.
+        groups: what an experiment may also bring, for other commands.
 
     Raises:
         InputError: an unknown option, or a value of another kind than the shipped one.
     """
     checked, examples = dict(config), _examples(shipped)
-    known = {key.partition(".")[0] for key in examples} | {"experiment"}
+    known = {key.partition(".")[0] for key in examples}
     for key in config:
-        if key not in known:
+        if key not in known and key not in groups:
             raise unknown("option", key, known)
     for key, example in examples.items():
         *parents, name = key.split(".")
