@@ -4,10 +4,12 @@ Torch is imported only by the checkpoint functions, so that the report reads a r
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -119,12 +121,16 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
-    """Write a checkpoint of tensors and plain values; the previous one survives any failure."""
+    """Write a checkpoint of tensors and plain values; the previous one survives any failure.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full.
+    """
     import torch
 
-    write_through(
-        path, lambda file: torch.save({"version": CHECKPOINT_VERSION, "state": state}, file)
-    )
+    buffer = io.BytesIO()  # torch would hide a full disk's OSError behind a RuntimeError
+    torch.save({"version": CHECKPOINT_VERSION, "state": state}, buffer)
+    write_through(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -138,20 +144,30 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; expected one to resume from.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()  # torch.load itself compares no checksum
+            if changed is not None:
+                raise zipfile.BadZipFile(f"{changed} was changed")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{path}: the checkpoint is damaged ({str(error).splitlines()[0][:80]}); "
-            "expected a file "
-            "written by fbnas. Delete it, or start again with overwrite=true."
-        ) from error
+    except (zipfile.BadZipFile, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        raise _damaged(path, str(error)) from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != CHECKPOINT_VERSION:
         raise InputError(
             f"{path}: checkpoint version {version}; this fbnas reads version {CHECKPOINT_VERSION}. "
             "Start again with overwrite=true."
         )
+    if "state" not in content:
+        raise _damaged(path, "it holds no state")
     return content["state"]
+
+
+def _damaged(path: Path | str, reason: str) -> InputError:
+    reason = " ".join(reason.split())[:80]
+    return InputError(
+        f"{path}: the checkpoint is damaged ({reason}); expected a file written by fbnas. Delete "
+        "it, or start again with overwrite=true."
+    )
 
 
 def _read_text(path: Path) -> str:
