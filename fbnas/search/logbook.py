@@ -19,7 +19,8 @@ from fbnas.space.search_space import SearchSpace
 from fbnas.training.schedules import cosine
 
 if TYPE_CHECKING:
-    from fbnas.search.loop import Learner, SearchSettings
+    from fbnas.search.loop import Learner
+    from fbnas.search.settings import SearchSettings
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,89 @@
+"""The recipe of a search."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fbnas.errors import InputError, unknown
+
+TAU = 5.0  # FBNet, section 4
+TAU_DECAY_PER_EPOCH = 0.045  # of 90 epochs: tau is multiplied by exp(-0.045) ~ 0.956 each
+PUBLISHED_EPOCHS = 90
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The recipe. The defaults are `search=fast`; configs/search/fbnet.yaml is the published one.
+
+    gates: "soft" or "hard" (straight-through), for theta's steps.
+    weights_on: what a weights step trains once theta is awake: one sampled "path" (drawn from
+        P_theta), one "uniform" path, or all blocks mixed by soft "gates".
+    tau_final: None follows the paper: tau * exp(-0.045) per epoch of 90, stretched over `epochs`.
+    """
+
+    epochs: int = 60
+    warmup_epochs: int | None = None
+    warmup_fraction: float = 0.7
+    batch_size: int = 128
+    weights_lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weights_on: str = "path"
+    theta_lr: float = 0.1
+    theta_weight_decay: float = 0.0
+    theta_passes: int = 1
+    gates: str = "hard"
+    tau: float = 1.0
+    tau_final: float | None = 1.0
+    weights_fraction: float = 0.8
+    augment: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    checkpoint_every_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        choices = {"gates": ("soft", "hard"), "weights_on": ("path", "uniform", "gates")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"value of search.{name}:", getattr(self, name), known)
+        for name in ("epochs", "batch_size", "theta_passes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"search.{name} is {value!r}; expected a whole number of at least 1."
+                )
+        for name in ("weights_fraction", "warmup_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(
+                    f"search.{name} is {getattr(self, name)}; expected between 0 and 1."
+                )
+        if self.tau <= 0 or (self.tau_final is not None and self.tau_final <= 0):
+            raise InputError(f"search.tau is {self.tau}; expected a positive temperature.")
+        if not 0 <= self.warmup < self.epochs:
+            raise InputError(
+                f"search.warmup_epochs is {self.warmup} of {self.epochs} epochs; expected "
+                "fewer, or "
+                "theta never learns."
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Epochs during which theta sleeps and every block is equally likely."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return min(round(self.warmup_fraction * self.epochs), self.epochs - 1)
+
+    def tau_at(self, epoch: int) -> float:
+        """Temperature of an epoch, counted from 0; it follows the number of epochs asked for."""
+        done = epoch / max(self.epochs - 1, 1)
+        if self.tau_final is None:
+            return self.tau * math.exp(-TAU_DECAY_PER_EPOCH * (PUBLISHED_EPOCHS - 1) * done)
+        return self.tau * (self.tau_final / self.tau) ** done
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "SearchSettings":
+        """Build from a mapping; an unknown key is refused with the closest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in content:
+            if key not in known:
+                raise unknown("search option", key, known)
+        return cls(**content)
