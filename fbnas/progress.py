@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 
-QUIET_INTERVAL_S = 5.0  # without a terminal: a plain line no more often than this
+QUIET_INTERVAL_S = 10.0  # without a terminal: a plain line no more often than this
 
 
 @contextlib.contextmanager

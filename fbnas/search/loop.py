@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fbnas.errors import InputError
-from fbnas.files import load_checkpoint, save_checkpoint
-from fbnas.search import logbook
+from fbnas.progress import progress
+from fbnas.search import checkpoint, logbook
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import DualAscent, Objective
 from fbnas.search.selection import check_budget, latency_range
@@ -107,7 +107,7 @@ def search(
             undefined, a checkpoint of another search, or a loss that is no longer a number.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint was written.
     """
-    loop = _Loop(
+    loop = Loop(
         space,
         data,
         targets,
@@ -120,7 +120,12 @@ def search(
         loop.restore()
     elif loop.out:  # nobody shall resume from what an older search left
         (loop.out / "checkpoint.pt").unlink(missing_ok=True)
-    with stop_on_signal() as stop, logbook.open_logbook(loop.out, loop.history) as book:
+    with (
+        stop_on_signal() as stop,
+        logbook.open_logbook(loop.out, loop.history) as book,
+        progress("Searching", total=loop.total_steps()) as loop.advance,
+    ):
+        loop.advance(loop.steps_done())
         for epoch in range(loop.epoch, loop.settings.epochs):
             loop.train_weights(epoch, stop)
             if epoch >= loop.settings.warmup:
@@ -136,7 +141,7 @@ def search(
     return SearchResult(loop.distributions, loop.supernet, list(targets), loop.history, seconds)
 
 
-class _Loop:
+class Loop:
     """The state of a search, all of which its checkpoint holds, and the steps of one epoch."""
 
     def __init__(
@@ -178,6 +183,7 @@ class _Loop:
         self.history: list[dict[str, Any]] = []
         self.epoch_started = self.last_save = time.monotonic()
         self.epoch_seconds_before = 0.0
+        self.advance: Callable[[int], None] = lambda steps: None
 
     @property
     def distributions(self) -> list[ArchitectureDistribution]:
@@ -262,6 +268,19 @@ class _Loop:
         """Steps in one pass; the last batch is left out unless it is whole."""
         return max(len(images) // self.settings.batch_size, 1)
 
+    def total_steps(self) -> int:
+        """Steps of the whole search, for the progress display."""
+        return self._steps_before(self.settings.epochs)
+
+    def steps_done(self) -> int:
+        """Steps that a resumed search has behind it."""
+        weights = self.steps(self.weights_images) if self.phase == "theta" else 0
+        return self._steps_before(self.epoch) + weights + self.step
+
+    def _steps_before(self, epoch: int) -> int:
+        awake = max(epoch - self.settings.warmup, 0) * self.settings.theta_passes
+        return epoch * self.steps(self.weights_images) + awake * self.steps(self.theta_images)
+
     def set_weights_lr(self, step: int, total: int) -> None:
         for group in self.weights_optimiser.param_groups:
             group["lr"] = self.settings.weights_lr * cosine(step, total)
@@ -276,6 +295,7 @@ class _Loop:
     def finish_step(self, epoch: int, stop: Callable[[], bool]) -> None:
         """Count the step; on Ctrl-C, or when minutes have passed, write a checkpoint."""
         self.step += 1
+        self.advance(1)
         interrupted = stop()
         if interrupted or time.monotonic() - self.last_save > self.settings.checkpoint_every_s:
             self.refuse_nan(epoch)
@@ -323,107 +343,15 @@ class _Loop:
 
     def save(self) -> None:
         """Replace the checkpoint by everything that the rest of the search depends on."""
-        if self.out is None:
-            return
-        state = {
-            "recipe": self.recipe(),
-            "supernet": self.supernet.state_dict(),
-            "weights_optimiser": self.weights_optimiser.state_dict(),
-            "learners": [
-                {
-                    "logits": learner.distribution.logits.detach(),
-                    "optimiser": learner.optimiser.state_dict(),
-                    "multiplier": learner.multiplier,
-                }
-                for learner in self.learners
-            ],
-            "position": [self.epoch, self.phase, self.step],
-            "sums": self.sums,
-            "history": self.history,
-            "epoch_seconds": self.epoch_seconds_before + time.monotonic() - self.epoch_started,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-        }
-        save_checkpoint(self.out / "checkpoint.pt", state)
-        self.last_save = time.monotonic()
-
-    def recipe(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be continued."""
-        settings = asdict(self.settings)
-        for key in ("device", "checkpoint_every_s"):
-            settings.pop(key)
-        return {
-            "space": self.supernet.space.to_dict(),
-            "data": [self.data.name, len(self.data.train), list(self.data.class_names)],
-            "budgets_ms": [learner.target.budget_ms for learner in self.learners],
-            "tables": [  # nan, where a block is not offered, would equal nothing
-                [learner.base_ms, *learner.latency_ms.nan_to_num(-1.0).flatten().tolist()]
-                for learner in self.learners
-            ],
-            "objective": repr(self.objective),
-            "search": settings,
-            "seed": self.seed,
-        }
+        if self.out is not None:
+            checkpoint.write(self, self.out / "checkpoint.pt")
+            self.last_save = time.monotonic()
 
     def restore(self) -> None:
-        """Continue from the checkpoint in `out`, if there is one.
-
-        Raises:
-            InputError: a checkpoint that is damaged, or of something else than this search.
-        """
-        if self.out is None or not (self.out / "checkpoint.pt").exists():
-            return
-        path = self.out / "checkpoint.pt"
-        state = load_checkpoint(path)
-        if not isinstance(state, dict) or "recipe" not in state:
-            raise InputError(
-                f"{path} is not the checkpoint of a search; give the folder of one, or start again "
-                "with overwrite=true."
-            )
-        for key, value in self.recipe().items():
-            before = state["recipe"].get(key)
-            if before != value:
-                raise InputError(
-                    f"{path} is of another search: {_difference(key, before, value)}; resume "
-                    "with the same options, or start again with overwrite=true."
-                )
-        try:
-            self.take_up(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:80]
-            raise InputError(
-                f"{path}: the checkpoint does not fit this search ({reason}); expected one "
-                "that fbnas search wrote. Start again with overwrite=true."
-            ) from error
-        log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
-
-    def take_up(self, state: dict[str, Any]) -> None:
-        """Put back everything that `save` wrote."""
-        self.supernet.load_state_dict(state["supernet"])
-        self.weights_optimiser.load_state_dict(state["weights_optimiser"])
-        for learner, stored in zip(self.learners, state["learners"], strict=True):
-            with torch.no_grad():
-                learner.distribution.logits.copy_(stored["logits"])
-            learner.optimiser.load_state_dict(stored["optimiser"])
-            learner.multiplier = stored["multiplier"]
-        self.epoch, self.phase, self.step = state["position"]
-        self.sums = {part: sums.to(self.device) for part, sums in state["sums"].items()}
-        self.history = state["history"]
-        self.epoch_seconds_before = state["epoch_seconds"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    """Say in a few words what differs between two values of a recipe."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in now:
-            if before.get(name) != now[name]:
-                return _difference(f"{key}.{name}", before.get(name), now[name])
-    if len(f"{before}{now}") > 200:
-        return f"{key} differ"
-    return f"{key} was {before}, now {now}"
+        """Continue from the checkpoint in `out`, if there is one."""
+        if self.out is not None and (self.out / "checkpoint.pt").exists():
+            checkpoint.read(self, self.out / "checkpoint.pt")
+            log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
 
 
 def _learner(

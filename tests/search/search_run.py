@@ -90,7 +90,7 @@ def run(
 
 def hit_after(steps: int, number: int) -> None:
     """Send the signal to this process when so many steps are done, before they are saved."""
-    finish_step, taken = loop._Loop.finish_step, []
+    finish_step, taken = loop.Loop.finish_step, []
 
     def count_and_finish(self: Any, epoch: int, stop: Callable[[], bool]) -> None:
         taken.append(1)
@@ -98,7 +98,7 @@ def hit_after(steps: int, number: int) -> None:
             os.kill(os.getpid(), number)
         finish_step(self, epoch, stop)
 
-    loop._Loop.finish_step = count_and_finish  # type: ignore[method-assign]
+    loop.Loop.finish_step = count_and_finish  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

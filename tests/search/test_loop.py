@@ -130,7 +130,7 @@ def test_the_objective_does_not_reach_the_weights() -> None:
 
 
 def test_theta_s_pass_moves_no_weight_but_bn_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_theta = loop._Loop.train_theta
+    train_theta = loop.Loop.train_theta
     passes = []
 
     def watched(self: Any, *args: Any) -> None:
@@ -145,7 +145,7 @@ def test_theta_s_pass_moves_no_weight_but_bn_statistics(monkeypatch: pytest.Monk
         assert not torch.equal(means, self.supernet.state_dict()["head.1.running_mean"])
         passes.append(1)
 
-    monkeypatch.setattr(loop._Loop, "train_theta", watched)
+    monkeypatch.setattr(loop.Loop, "train_theta", watched)
     run(settings=NO_MID_EPOCH)
     assert len(passes) == 2
 
@@ -181,14 +181,14 @@ def test_an_impossible_budget_is_refused_before_any_training(
 
 
 def spoil_weights(monkeypatch: pytest.MonkeyPatch, *, from_step: int) -> None:
-    set_lr = loop._Loop.set_weights_lr
+    set_lr = loop.Loop.set_weights_lr
 
     def set_huge(self: Any, step: int, total: int) -> None:
         set_lr(self, step, total)
         if step >= from_step:
             self.weights_optimiser.param_groups[0]["lr"] = math.inf
 
-    monkeypatch.setattr(loop._Loop, "set_weights_lr", set_huge)
+    monkeypatch.setattr(loop.Loop, "set_weights_lr", set_huge)
 
 
 @pytest.mark.parametrize("from_step", [4, 7])  # the first of epoch 2; its last, whose loss is fine

@@ -116,7 +116,7 @@ def test_kill_between_a_row_and_its_checkpoint(
 ) -> None:
     expected = run(tmp_path / "whole", settings=settings)
     out = tmp_path / "run"
-    save = loop._Loop.save
+    save = loop.Loop.save
 
     def die_after_epoch_3(self: Any) -> None:
         if (self.epoch, self.step) == (3, 0):
@@ -124,7 +124,7 @@ def test_kill_between_a_row_and_its_checkpoint(
         save(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Loop, "save", die_after_epoch_3)
+        patch.setattr(loop.Loop, "save", die_after_epoch_3)
         with pytest.raises(KeyboardInterrupt):
             run(out, settings=settings)
     assert len(rows(out)) == 3  # the third row is written, its checkpoint is not
