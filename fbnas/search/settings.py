@@ -7,8 +7,6 @@ from typing import Any
 from fbnas.errors import InputError, unknown
 
 TAU_DECAY_PER_EPOCH = 0.045  # FBNet, section 4: tau is multiplied by exp(-0.045) each epoch of 90
-    0.045  # FBNet, section 4; of 90 epochs: tau is multiplied by exp(-0.045) ~ 0.956 each
-)
 PUBLISHED_EPOCHS = 90
 
 
