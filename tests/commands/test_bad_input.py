@@ -1,0 +1,272 @@
+"""Wrong input through the real command line: exit 2 and one line that names the way out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import write_space, write_table
+
+from fbnas.commands import main
+from fbnas.space import Architecture, NetworkCard, SearchSpace, build_network, save_network
+
+RUN = ["run", "space=tiny.yaml", "table=table.csv", "out=out"]
+SEARCH = ["search", "space=tiny.yaml", "table=table.csv", "out=out"]
+
+
+@pytest.fixture(autouse=True)
+def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a space, a table of it, a network and its architecture."""
+    monkeypatch.chdir(tmp_path)
+    space = SearchSpace.load(write_space(tmp_path))
+    write_table(tmp_path / "table.csv")
+    architecture = Architecture(("k3_e1", "k5_e1", "skip"), space="tiny", provenance={})
+    architecture.save(tmp_path / "a.yaml")
+    torch.manual_seed(0)
+    names = tuple(str(digit) for digit in range(10))
+    card = NetworkCard(space, architecture, names, (0.5,), (0.25,))
+    save_network(tmp_path / "network", build_network(space, architecture, 10), card)
+
+
+@pytest.fixture
+def refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Run a command that must be refused before anything is trained; return its one line."""
+
+    def learn(*_: object, **__: object) -> None:
+        raise AssertionError("training began before the input was refused")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", learn)
+
+    def run(*arguments: str) -> str:
+        assert main(arguments) == 2
+        shown = capsys.readouterr()
+        assert shown.err.count("\n") == 1
+        assert shown.err.startswith("fbnas: ")
+        assert "Traceback" not in shown.out + shown.err
+        return shown.err
+
+    return run
+
+
+TYPOS = [
+    ("trian", "'train'"),
+    ("run target_mss=3", "'target_ms'"),
+    ("run data.pth=x", "'data.path'"),
+    ("run search.epoch=3", "'search.epochs'"),
+    ("run spce=fbnet", "'space'"),
+    ("run compression.pruning.ratioo=0.5", "'compression.pruning.ratio'"),
+    ("run space=fbnt", "'fbnet'"),
+    ("run objective=targt", "'target'"),
+    ("run objective.name=hinj", "'hinge'"),
+    ("run data=digit", "'digits'"),
+    ("run search=fats", "'fast'"),
+    ("run experiment=quikstart", "'quickstart'"),
+    ("run rank=shared_weight", "'shared_weights'"),
+    ("run init=scrach", "'scratch'"),
+    ("run device.precision=fp23", "'fp32'"),
+    ("run device.runtime=onnxruntim", "'onnxruntime'"),
+    ("run search.gates=sofd", "'soft'"),
+    ("count architecture=fbnet_aa", "'fbnet_a'"),
+    ("compress model=network method=int", "'int8'"),
+    ("export model=network format=onx", "'onnx'"),
+    ("run +fou=1 out=out", "'out'"),
+]
+
+
+@pytest.mark.parametrize(("line", "closest"), TYPOS, ids=[line for line, _ in TYPOS])
+def test_a_typo_is_answered_with_the_closest_name(
+    refused: Callable[..., str], line: str, closest: str
+) -> None:
+    assert f"Did you mean {closest}?" in refused(*line.split())
+
+
+VALUES = [
+    ("run search", "expected key=value"),
+    ("run =3", "expected key=value"),
+    ("run --seed 3", "expected key=value"),
+    ("run hydra.run.dir=x", "expected key=value"),
+    ("run search.epochs=[1", "expected key=value with a YAML value"),
+    ("run search.epochs=abc", "search.epochs='abc'; expected a whole number"),
+    ("run search.epochs=2.5", "search.epochs=2.5; expected a whole number"),
+    ("run search.epochs=0", "search.epochs is 0; expected a whole number of at least 1"),
+    ("run training.lr=fast", "training.lr='fast'; expected a number"),
+    ("run search.tau_final=low", "search.tau_final='low'; expected a number"),
+    ("run max_accuracy_drop=abc", "max_accuracy_drop='abc'; expected a number"),
+    ("run resume=tru", "resume='tru'; expected true or false"),
+    ("run seed=-1", "seed=-1; expected a whole number from 0"),
+    ("run candidates=0", "candidates=0; expected a whole number from 1"),
+    ("run networks=2", "networks=2; expected 0"),
+    ("run space.blocks=skip", "space.blocks='skip'; expected a list"),
+    ("run data.limit=-3", "data.limit is -3"),
+    ("run device.threads=0", "device.threads is 0; expected a whole number from 1"),
+    ("run data=image_folder", "needs data.path=...; the folder. See: fbnas run --help"),
+    ("search", "needs table=...; a latency table"),
+    ("count", "needs architecture=...; a file, or fbnet_a"),
+    ("count architecture=fbnet_a classes=0", "classes=0; expected a whole number from 1"),
+    ("count architecture=fbnet_a space.head=8", "expected space=NAME"),
+    ("profile table=t.csv classes=0", "classes=0; expected a whole number from 1"),
+    ("profile table=t.csv space=tiny.yaml rounds=1", "rounds is 1; expected at least 2"),
+    ("calibrate table=table.csv space=tiny.yaml classes=10 networks=1", "at least 3"),
+    ("run space=nowhere.yaml", "nowhere.yaml: no such space file"),
+    ("run data=image_folder data.path=nowhere", "nowhere: no such folder"),
+    ("train architecture=nowhere.yaml", "nowhere.yaml: no such architecture file"),
+    ("train architecture=a.yaml space=fbnet", "has 3 blocks, space fbnet has 22 layers"),
+    ("train architecture=a.yaml", "expected space=NAME or space=PATH"),
+    ("search table=nowhere.csv", "nowhere.csv: no such latency table"),
+    ("sample run=nowhere", "no theta.json there"),
+    ("report run=nowhere", "nowhere: no such folder"),
+    ("report run=.", "expected the out folder of fbnas run, search or train"),
+    ("compress model=nowhere", "no network there"),
+    ("evaluate model=nowhere.onnx", "nowhere.onnx: no such file"),
+    ("evaluate model=a.yaml", "a.yaml: not a whole ONNX file"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), VALUES, ids=[line for line, _ in VALUES])
+def test_a_wrong_value_is_answered_with_what_was_expected(
+    refused: Callable[..., str], line: str, words: str
+) -> None:
+    assert words in refused(*line.split())
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", [RUN, SEARCH], ids=["run", "search"])
+@pytest.mark.parametrize("value", ["0", "-1", "abc", "true", "nan"])
+def test_a_target_that_is_no_time(
+    refused: Callable[..., str], command: list[str], value: str
+) -> None:
+    assert "expected a" in refused(*command, f"target_ms={value}")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", [[*RUN, "networks=0"], SEARCH], ids=["run", "search"])
+@pytest.mark.parametrize(
+    ("value", "words"), [("3.5", "under the fastest"), ("12.2", "over the slo")]
+)
+def test_an_infeasible_target_is_answered_with_the_fastest_and_the_slowest(
+    refused: Callable[..., str], command: list[str], value: str, words: str
+) -> None:
+    line = refused(*command, f"target_ms={value}")
+    assert words in line
+    assert "3.6 ms" in line
+    assert "12.1 ms" in line
+
+
+def edit(path: str, old: str, new: str) -> None:
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new, 1))
+
+
+def cut(path: str, share: float = 0.5) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: int(len(content) * share)])
+
+
+def test_a_typo_in_the_users_space_file(refused: Callable[..., str]) -> None:
+    edit("tiny.yaml", "k5_e1", "k5_e11")
+    assert "Unknown block 'k5_e11'. Did you mean 'k5_e1'?" in refused(*RUN)
+
+
+def test_a_table_of_another_space_names_the_command_that_measures_it(
+    refused: Callable[..., str],
+) -> None:
+    line = refused("run", "space=quickstart", "table=table.csv", "out=out", "networks=0")
+    assert "Measure it: fbnas profile space=quickstart" in line
+
+
+def test_a_table_of_another_precision(refused: Callable[..., str]) -> None:
+    assert "precision fp32, here it is int8" in refused(*RUN, "device.precision=int8")
+    assert "precision fp32, here it is int8" in refused(
+        "profile", "space=tiny.yaml", "table=table.csv", "device.precision=int8"
+    )
+
+
+def test_a_hand_edited_row_of_a_table_is_named_by_its_line(refused: Callable[..., str]) -> None:
+    lines = Path("table.csv").read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if line.startswith("k3_e3"))
+    edit("table.csv", lines[number - 1], lines[number - 1].replace("3.1", "fast", 1))
+    assert f"table.csv, line {number}: " in refused(*SEARCH)
+
+
+def test_a_truncated_table(refused: Callable[..., str]) -> None:
+    lines = Path("table.csv").read_text().splitlines(keepends=True)
+    Path("table.csv").write_text("".join(lines[:-3]))
+    assert "table.csv" in (line := refused(*SEARCH))
+    assert "rows" in line
+
+
+def test_a_truncated_network(refused: Callable[..., str]) -> None:
+    cut("network/weights.safetensors")
+    assert "weights.safetensors" in refused("export", "model=network", "out=out")
+
+
+def test_a_network_without_its_weights(refused: Callable[..., str]) -> None:
+    Path("network/weights.safetensors").unlink()
+    assert "weights.safetensors" in refused("export", "model=network", "out=out")
+
+
+def test_a_truncated_model_file(refused: Callable[..., str]) -> None:
+    assert main(["export", "model=network", "out=exported"]) == 0
+    Path("short.onnx").write_bytes(Path("exported/model.onnx").read_bytes()[:3000])
+    assert "short.onnx: not a whole ONNX file" in refused("evaluate", "model=short.onnx")
+    assert "short.onnx: not a whole ONNX file" in refused(
+        "compress", "model=short.onnx", "method=int8"
+    )
+
+
+def test_a_broken_architecture_file(refused: Callable[..., str]) -> None:
+    edit("a.yaml", "k5_e1", "k5_e11")
+    line = refused("count", "architecture=a.yaml", "space=tiny.yaml")
+    assert "k5_e11" in line
+    Path("a.yaml").write_text("blocks: [k3_e1\nspace: tiny\n")
+    assert "a.yaml, line" in refused("count", "architecture=a.yaml", "space=tiny.yaml")
+
+
+def test_an_out_folder_that_is_a_file_or_below_one(refused: Callable[..., str]) -> None:
+    assert "out=a.yaml is a file" in refused(*RUN, "out=a.yaml")
+    assert "cannot be written" in refused(*RUN, "out=a.yaml/below")
+
+
+def test_an_out_folder_with_other_files_is_left_alone(refused: Callable[..., str]) -> None:
+    Path("photos").mkdir()
+    Path("photos/cat.txt").write_text("mine")
+    for more in ([], ["overwrite=true"], ["resume=true"]):
+        assert "holds other files" in refused(*RUN, "out=photos", *more)
+    assert [file.name for file in Path("photos").iterdir()] == ["cat.txt"]
+
+
+def test_an_out_folder_that_holds_a_run(refused: Callable[..., str]) -> None:
+    assert main(["export", "model=network", "out=out"]) == 0
+    before = Path("out/result.json").read_text()
+    line = refused(*RUN)
+    assert "holds a finished run" in line
+    assert "overwrite=true" in line
+    assert "no such folder" in refused(
+        *RUN, "overwrite=true", "data=image_folder", "data.path=nowhere"
+    )
+    assert Path("out/result.json").read_text() == before  # a typo costs no older run
+
+
+def test_sampling_never_empties_a_folder_unasked(refused: Callable[..., str]) -> None:
+    line = refused("sample", "run=nowhere", "out=out")
+    assert "no theta.json" in line
+    from fbnas.commands.composition import compose
+
+    assert compose("sample", ["run=r"])["overwrite"] is False
+
+
+def test_nothing_to_resume(refused: Callable[..., str]) -> None:
+    for command in (RUN, SEARCH, ["train", "architecture=a.yaml", "space=tiny.yaml", "out=out"]):
+        assert "holds nothing to resume" in refused(*command, "resume=true")
+    assert not Path("out").exists()
+
+
+def test_a_damaged_checkpoint(refused: Callable[..., str]) -> None:
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text("command: search\n")
+    Path("out/checkpoint.pt").write_bytes(b"PK\x03\x04 cut off")
+    line = refused(*SEARCH, "resume=true", "data.limit=320")
+    assert "out/checkpoint.pt: the checkpoint is damaged" in line
