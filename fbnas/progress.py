@@ -27,7 +27,13 @@ def progress(description: str, *, total: int) -> Iterator[Callable[[int], None]]
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        # A stdout that goes elsewhere stays there; one on the terminal is printed above the bar.
+        with Progress(
+            *columns,
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+        ) as bar:
             task = bar.add_task(description, total=total)
             yield lambda steps: bar.advance(task, steps)
         return

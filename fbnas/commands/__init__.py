@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         guess = closest(command, COMMANDS)
         hint = f" Did you mean '{guess}'?" if guess else ""
         return _refuse(f"Unknown command '{command}'.{hint} Known: {', '.join(COMMANDS)}.")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
     _quieten()
     try:
         if any(option in overrides for option in ("-h", "--help")):
@@ -73,6 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FAILED
         where = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{where}{error.strerror}; free space or give a folder that can be written.")
+
+
+class _Lines(logging.Handler):
+    """Writes to what stderr is at the time: a progress bar puts itself in its place meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _refuse(message: str) -> int:

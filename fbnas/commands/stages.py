@@ -155,23 +155,30 @@ def _accuracy(path: Path, data: Data, images: Any) -> float:
 
 
 def print_stages(stages: Sequence[Stage]) -> None:
-    """Print a row per stage."""
+    """Print a row per stage, and below why each was accepted or rejected."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="stages", title_justify="left")
-    for name in ("stage", "accuracy", "latency ms", "kB", "params", "multiply-adds", "verdict"):
-        table.add_column(name, justify="left" if name in ("stage", "verdict") else "right")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("stage")
+    for name in ("accuracy", "ms", "from", "to", "kB", "params", "M macs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for stage in stages:
         assert stage.timing is not None
-        t = stage.timing
         table.add_row(
             stage.name,
             f"{stage.accuracy_top1:.4f}",
-            f"{t.latency_ms:.4g} ({t.low_ms:.4g}-{t.high_ms:.4g})",
+            *(
+                f"{ms:.4g}"
+                for ms in (stage.timing.latency_ms, stage.timing.low_ms, stage.timing.high_ms)
+            ),
             f"{stage.path.stat().st_size / 1024:.0f}",
             f"{stage.params:,}",
-            f"{stage.macs:,}",
-            stage.reason,
+            f"{stage.macs / 1e6:.2f}",
+            "accepted" if stage.accepted else "rejected",
         )
-    Console(width=None if Console().is_terminal else 140).print(table)
+    Console(width=None if Console().is_terminal else 100).print(table)
+    for stage in stages:
+        print(f"{stage.name}: {stage.reason}")

@@ -129,7 +129,7 @@ def _console_line(row: dict[str, Any]) -> str:
     if row["phase"] == "search":
         for target in row["targets"]:
             parts.append(
-                f"E[LAT] {target['expected_latency_ms']:.3f} of {target['budget_ms']:.3f} ms "
+                f"E[LAT] {target['expected_latency_ms']:.4g} of {target['budget_ms']:.4g} ms "
                 f"lambda {target['lambda']:.2f} entropy {target['entropy']:.2f} "
                 f"skips {target['skips']:.1f}"
             )
