@@ -8,7 +8,6 @@ from fbnas.commands.parts import data_of_file, device_of
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, read_metadata
 from fbnas.latency.devices import ROUNDS
-from fbnas.progress import progress
 
 LEAST_TOLERANCE = 0.05  # a target is missed by more than this, or twice the noise floor
 
@@ -22,8 +21,9 @@ def main(config: dict[str, Any]) -> int:
     out = OutFolder(config)
     accuracy = accuracy_of_file(model, data.test, mean=mean, std=std)
     rounds = config["rounds"] or ROUNDS
-    with progress(f"Timing {model.name}", total=rounds) as advance:
-        measurement = device.measure([model], rounds=rounds, seed=config["seed"], progress=advance)
+    measurement = device.measure_quietly(
+        [model], f"Timing {model.name}", rounds=rounds, seed=config["seed"]
+    )
     timing = measurement.timings[0]
     print(f"{model}: accuracy {accuracy:.4f} on {len(data.test)} test images of {data.name}")
     print(

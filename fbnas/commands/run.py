@@ -22,10 +22,9 @@ from fbnas.commands.train import report_epoch, start
 from fbnas.errors import InputError, unknown
 from fbnas.files import read_json, write_json
 from fbnas.latency import calibration
-from fbnas.latency.devices import ROUNDS, Device
+from fbnas.latency.devices import QUIET_NOISE_FLOOR, Device
 from fbnas.latency.profiling import enliven_, profile, require_same_device
 from fbnas.latency.table import LatencyTable
-from fbnas.progress import progress
 from fbnas.report import write_report
 from fbnas.search import (
     Learned,
@@ -46,7 +45,6 @@ from fbnas.training.settings import TrainingSettings
 log = logging.getLogger(__name__)
 
 SELECTION_ATTEMPTS = 3
-NOISE_LIMIT = 0.05  # a budget gives way to noise by this fraction at most
 HELD_OUT = 5  # whole networks that judge the table's correction
 
 
@@ -192,7 +190,8 @@ def chosen_architecture(
         fitting = [
             candidate
             for candidate, row in zip(candidates, rows, strict=True)
-            if row["latency_ms"]["value"] <= target.budget_ms * (1 + min(noise_floor, NOISE_LIMIT))
+            if row["latency_ms"]["value"]
+            <= target.budget_ms * (1 + min(noise_floor, QUIET_NOISE_FLOOR))
         ]
         if fitting:
             chosen = fitting[0]
@@ -246,8 +245,7 @@ def _measure_candidates(
         network = build_network(chain.space, candidate, chain.data.classes)
         files.append(chain.folder / "candidates" / f"{number:02d}.onnx")
         chain.device.compile(enliven_(network), shape, files[-1])
-    with progress("Timing candidates", total=ROUNDS) as advance:
-        measurement = chain.device.measure(files, seed=chain.seed, progress=advance)
+    measurement = chain.device.measure_quietly(files, "Timing candidates", seed=chain.seed)
     rows = []
     for candidate, timing in zip(candidates, measurement.timings, strict=True):
         predicted_ms = candidate.provenance["predicted_latency_ms"]

@@ -14,9 +14,8 @@ from fbnas.commands.compress import build_method, prune_and_tune
 from fbnas.compression import StaticQuantization, quantize_file
 from fbnas.export import accuracy_of_file, export_onnx
 from fbnas.files import read_json, write_json
-from fbnas.latency.devices import ROUNDS, Device
+from fbnas.latency.devices import QUIET_NOISE_FLOOR, Device
 from fbnas.latency.timing import Timing
-from fbnas.progress import progress
 from fbnas.space import Count, count, load_network
 from fbnas.training.data import Data, Subset, batches
 
@@ -105,27 +104,26 @@ class Judge:
         if drop > allowed:
             stage.accepted = False
             stage.reason = f"rejected: validation accuracy falls by {drop:.4f}, allowed {allowed:g}"
-        elif ratio > 1 + noise_floor:
+        elif ratio > 1 + min(noise_floor, QUIET_NOISE_FLOOR):
             stage.accepted = False
             stage.reason = f"rejected: slower, {speed} ({noise})"
         else:
             stage.reason = f"accepted: {speed} ({noise}), validation accuracy {0.0 - drop:+.4f}"
 
     def _ratio(self, stage: Stage, best: Stage) -> tuple[float, float]:
-        with progress(f"Timing {stage.name} against {best.name}", total=ROUNDS) as advance:
-            measurement = self.device.measure(
-                [best.path, stage.path], seed=self.config["seed"], progress=advance
-            )
+        measurement = self.device.measure_quietly(
+            [best.path, stage.path],
+            f"Timing {stage.name} against {best.name}",
+            seed=self.config["seed"],
+        )
         before, after = measurement.timings
         return after.latency_ms / before.latency_ms, measurement.noise_floor
 
 
 def final_measurement(stages: Sequence[Stage], folder: Path, device: Device, *, seed: int) -> float:
     """Time all stages against each other once more, for the table; return the noise floor."""
-    with progress("Timing all stages", total=ROUNDS) as advance:
-        measurement = device.measure(
-            [stage.path for stage in stages], seed=seed + 1, progress=advance
-        )
+    files = [stage.path for stage in stages]
+    measurement = device.measure_quietly(files, "Timing all stages", seed=seed + 1)
     for stage, timing in zip(stages, measurement.timings, strict=True):
         stage.timing = timing
     return measurement.noise_floor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fbnas.errors import InputError
-from fbnas.latency.devices import ROUNDS, Device, Measurement
+from fbnas.latency.devices import ROUNDS, Device
 from fbnas.latency.profiling import enliven_, one_torch_thread, require_same_device
 from fbnas.latency.runtimes import runtime
 from fbnas.latency.table import LatencyTable
@@ -30,8 +30,6 @@ LEAST_NETWORKS = 3
 CANDIDATES = 500
 STEEPEST_TILT = 3.0
 SANE_SCALES = (0.3, 3.0)
-QUIET_NOISE_FLOOR = 0.05  # test against retest; a correction fitted on more is fitted on noise
-QUIET_ATTEMPTS = 4
 NARROW_SPAN = 0.1  # predictions that span less say nothing about a slope
 
 
@@ -259,27 +257,10 @@ def _measure(
                 files.append(Path(folder) / f"{index:03d}{suffix}")
                 device.compile(enliven_(network, seed), shape, files[-1])
                 advance(1)
-        measurement = _quiet_measurement(files, device, rounds=rounds, seed=seed)
-    return measurement.timings, measurement.noise_floor
-
-
-def _quiet_measurement(files: list[Path], device: Device, *, rounds: int, seed: int) -> Measurement:
-    """Time the files; while the machine is too busy to tell, time them again and keep the best."""
-    best: Measurement | None = None
-    for attempt in range(QUIET_ATTEMPTS):
-        with progress("Timing whole networks", total=rounds) as advance:
-            found = device.measure(files, rounds=rounds, seed=seed + attempt, progress=advance)
-        if best is None or found.noise_floor < best.noise_floor:
-            best = found
-        if best.noise_floor <= QUIET_NOISE_FLOOR:
-            return best
-        log.warning(
-            "The machine is busy: whole networks differ by %.1f %% between test and retest%s.",
-            100 * found.noise_floor,
-            "" if attempt + 1 == QUIET_ATTEMPTS else "; measuring again",
+        measurement = device.measure_quietly(
+            files, "Timing whole networks", rounds=rounds, seed=seed
         )
-    assert best is not None
-    return best
+    return measurement.timings, measurement.noise_floor
 
 
 def _error(predicted_ms: np.ndarray, measured_ms: np.ndarray) -> float:
