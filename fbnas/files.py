@@ -91,7 +91,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Write JSON with sorted structure left as given, two spaces of indent."""
+    """Write JSON, keys in the given order, two spaces of indent."""
     atomic_write(path, json.dumps(content, indent=2) + "\n")
 
 

@@ -39,7 +39,7 @@ def describe(found: calibration.Calibration) -> str:
         f"table against {len(found.networks)} whole networks: sum of blocks / measured "
         f"{found.bias_before:.3f}, Spearman {found.spearman:.3f}\n"
         f"held-out error {100 * found.error_before:.1f} % as it was, "
-        f"{100 * found.error_after:.1f} % "
-        f"with measured = {found.scale:.3f} * table {found.base_ms:+.4f} ms; "
+        f"{100 * found.error_after:.1f} % with measured = "
+        f"{found.scale:.3f} * table {found.base_ms:+.4f} ms; "
         f"noise floor {100 * found.noise_floor:.1f} %"
     )

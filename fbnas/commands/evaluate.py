@@ -28,8 +28,7 @@ def main(config: dict[str, Any]) -> int:
     print(f"{model}: accuracy {accuracy:.4f} on {len(data.test)} test images of {data.name}")
     print(
         f"{timing.latency_ms:.4g} ms ({timing.low_ms:.4g} to {timing.high_ms:.4g}) on "
-        f"{device.name} "
-        f"through {device.runtime}, {device.threads} thread(s); noise floor "
+        f"{device.name} through {device.runtime}, {device.threads} thread(s); noise floor "
         f"{100 * measurement.noise_floor:.1f} %"
     )
     missed = target_ms is not None and is_missed(

@@ -105,8 +105,7 @@ def _pairs(table: Any, target_ms: Any) -> tuple[list[Path], list[float | None]]:
         budgets = budgets * len(tables)
     if not tables or len(tables) != len(budgets):
         raise InputError(
-            f"{len(tables)} tables and {len(budgets)} values of target_ms; expected as many "
-            "of both, "
-            "or one of either."
+            f"{len(tables)} tables and {len(budgets)} values of target_ms; expected as many of "
+            "both, or one of either."
         )
     return [Path(t) for t in tables], budgets

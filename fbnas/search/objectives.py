@@ -126,9 +126,9 @@ class _Logarithmic:
     def check(self, fastest_ms: float) -> None:
         if fastest_ms <= 1.0:
             raise InputError(
-                "The fbnet objectives take log(LAT)^beta, which is undefined at 1 ms and "
-                "below; the "
-                f"fastest network of this space takes {fastest_ms:.3g} ms. Use objective=target."
+                "The fbnet objectives take log(LAT)^beta, which is undefined at 1 ms and below; "
+                f"the fastest network of this space takes {fastest_ms:.3g} ms. Use "
+                "objective=target."
             )
 
     def next_multiplier(self, multiplier: float, latency_ms: float, budget_ms: float) -> float:

@@ -10,9 +10,8 @@ from fbnas.errors import InputError
 from fbnas.space.architecture import Architecture
 from fbnas.space.search_space import NINE_BLOCKS, SearchSpace
 
-SMALLEST_PROBABILITY = (
-    1e-38  # float32 softmax underflows to 0; such a block is unlikely, not absent
-)
+# A float32 softmax underflows to 0; such a block is unlikely, not absent.
+SMALLEST_PROBABILITY = 1e-38
 
 
 def latency_range(latency_ms: Tensor, base_ms: float = 0.0) -> tuple[float, float]:
@@ -84,9 +83,8 @@ def most_probable_within(
     fastest, slowest = latency_range(latency_ms, base_ms)
     if budget_ms < fastest:
         raise InputError(
-            f"No network fits {budget_ms:.4g} ms: the fastest takes {fastest:.4g} ms and "
-            "the slowest "
-            f"{slowest:.4g} ms by the table."
+            f"No network fits {budget_ms:.4g} ms: the fastest takes {fastest:.4g} ms and the "
+            f"slowest {slowest:.4g} ms by the table."
         )
     cost = latency_ms.detach().double().cpu().numpy()
     score = probabilities.detach().double().cpu().clamp(min=SMALLEST_PROBABILITY).log().numpy()

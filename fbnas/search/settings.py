@@ -59,9 +59,8 @@ class SearchSettings:
             raise InputError(f"search.tau is {self.tau}; expected a positive temperature.")
         if not 0 <= self.warmup < self.epochs:
             raise InputError(
-                f"search.warmup_epochs is {self.warmup} of {self.epochs} epochs; expected "
-                "fewer, or "
-                "theta never learns."
+                f"search.warmup_epochs is {self.warmup} of {self.epochs} epochs; expected fewer, "
+                "or theta never learns."
             )
 
     @property

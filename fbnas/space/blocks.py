@@ -118,9 +118,9 @@ class InvertedResidual(nn.Module):
         for channels in (in_channels, out_channels):
             if channels % groups:
                 raise InputError(
-                    f"{channels} channels cannot be divided into {groups} groups; expected "
-                    "a multiple "
-                    f"of {groups}: change the stage's channels or leave the grouped blocks out."
+                    f"{channels} channels cannot be divided into {groups} groups; expected a "
+                    f"multiple of {groups}: change the stage's channels or leave the grouped "
+                    "blocks out."
                 )
         middle = expansion * in_channels
         self.expand = ConvBN(in_channels, middle, groups=groups)

@@ -244,9 +244,8 @@ def load_weights_(network: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except SafetensorError as error:
         raise InputError(
-            f"{path}: the weights are damaged ({error}); expected a safetensors file. Write "
-            "it again "
-            "with the command that made it."
+            f"{path}: the weights are damaged ({error}); expected a safetensors file. Write it "
+            "again with the command that made it."
         ) from error
     for name, module in network.named_modules():
         _resize_(module, {k: tensors.get(f"{name}.{k}") for k in ("weight", "bias")})

@@ -253,11 +253,9 @@ def _check_shapes(space: SearchSpace) -> None:
     for layer in space.layers:
         if layer.height == 1 and layer.stage < len(space.stages):
             raise InputError(
-                f"the feature map is 1x1 before stage {layer.stage} (of "
-                f"{len(space.stages)}, counted "
-                "from 0), where a KxK convolution sees only padding; expected at least "
-                "2x2: lower the "
-                f"strides or raise the resolution ({space.resolution})."
+                f"the feature map is 1x1 before stage {layer.stage} (of {len(space.stages)}, "
+                "counted from 0), where a KxK convolution sees only padding; expected at least "
+                f"2x2: lower the strides or raise the resolution ({space.resolution})."
             )
         if not layer.blocks:
             raise InputError(f"layer {layer.index} ({layer}) offers no block; add one to `blocks`.")
@@ -286,6 +284,5 @@ def _check_block(name: str, layer: Layer) -> None:
     if found != expected:
         raise InputError(
             f"block '{name}' in layer {layer.index} ({layer}) returns {found}; expected "
-            f"{expected} as "
-            "(channels, height, width)."
+            f"{expected} as (channels, height, width)."
         )
