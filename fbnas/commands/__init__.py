@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fbnas.commands.composition import compose
 
         config = compose(command, overrides)
+        config["command_line"] = shlex.join(["fbnas", command, *overrides])
         module = importlib.import_module(f"fbnas.commands.{command}")
         return module.main(config)
     except InputError as error:

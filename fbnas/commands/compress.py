@@ -28,6 +28,7 @@ METHODS = ("channel_pruning", "int8")
 def main(config: dict[str, Any]) -> int:
     if config["method"] not in METHODS:
         raise unknown("method", config["method"], METHODS)
+    check_compression(config)
     return _prune(config) if config["method"] == "channel_pruning" else _quantize(config)
 
 
@@ -72,12 +73,7 @@ def prune_and_tune(
         InputError: an unknown option of compression.pruning or compression.fine_tuning.
     """
     options = config["compression"]
-    training = TrainingSettings.from_dict(config["training"])
-    known = list(config["training"])
-    for key in options["fine_tuning"]:
-        if key not in known:
-            raise unknown("option of compression.fine_tuning:", key, known)
-    settings = replace(training, **options["fine_tuning"])
+    settings = tuning(config)
     method = build_method(ChannelPruning, options["pruning"], "compression.pruning")
     report = compress_(
         network,
@@ -130,6 +126,33 @@ def _quantize(config: dict[str, Any]) -> int:
         macs=counted and counted.macs,
     )
     return 0
+
+
+def check_compression(config: dict[str, Any]) -> None:
+    """Refuse wrong options of compression before anything is spent on what they come after.
+
+    Raises:
+        InputError: an unknown option, or a value out of its range.
+    """
+    options = config["compression"]
+    parts = ("pruning", "fine_tuning", "quantization")
+    for key in options:
+        if key not in parts:
+            raise unknown("part of compression", key, parts)
+    build_method(ChannelPruning, options["pruning"], "compression.pruning")
+    build_method(StaticQuantization, options["quantization"], "compression.quantization")
+    tuning(config)
+
+
+def tuning(config: dict[str, Any]) -> TrainingSettings:
+    """Return the settings of fine-tuning: the training's, but for compression.fine_tuning."""
+    training = TrainingSettings.from_dict(config["training"])
+    options = config["compression"]["fine_tuning"]
+    known = list(config["training"])
+    for key in options:
+        if key not in known:
+            raise unknown("option of compression.fine_tuning:", key, known)
+    return replace(training, **options)
 
 
 def build_method(kind: type, options: dict[str, Any], where: str) -> Any:

@@ -8,7 +8,10 @@ from typing import Any
 
 from fbnas import __version__
 from fbnas.errors import InputError
-from fbnas.files import write_json, write_yaml
+from fbnas.files import read_yaml, write_json, write_yaml
+
+MAY_DIFFER = ("out", "overwrite", "resume", "command_line")  # between a run and its resumption
+INPUTS = ("table", "model", "architecture", "supernet", "run")
 
 
 class OutFolder:
@@ -48,20 +51,52 @@ class OutFolder:
             ) from error
 
     def _check_contents(self, path: Path, *, overwrite: bool) -> None:
-        ours = (path / "config.yaml").is_file() or (path / "result.json").is_file()
-        if not ours:
+        before = self._config_before(path)
+        if before is None:
             raise InputError(
                 f"out={path} holds other files; expected a new or empty folder, or a run of fbnas."
             )
-        if overwrite and not self.resume:
+        if self.resume:
+            self._check_same(path, before)
+        elif overwrite:
+            self._check_inputs(path)
             for entry in path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        elif not self.resume:
+        else:
             state = "a finished run" if (path / "result.json").is_file() else "an unfinished run"
             raise InputError(
                 f"out={path} holds {state}; give another folder, resume=true to continue it where "
                 "the command can, or overwrite=true to delete it."
             )
+
+    @staticmethod
+    def _config_before(path: Path) -> dict[str, Any] | None:
+        """Return the configuration of the run that a folder holds, None where it holds none."""
+        from fbnas.commands import COMMANDS
+
+        file = path / "config.yaml"
+        before = read_yaml(file) if file.is_file() else {}
+        return before if before.get("command") in COMMANDS else None
+
+    def _check_same(self, path: Path, before: Mapping[str, Any]) -> None:
+        """Refuse to continue a run as another one."""
+        for key, value in self.config.items():
+            if key not in MAY_DIFFER and before.get(key) != value:
+                raise InputError(
+                    f"out={path} was begun with another {key} ({before.get(key)}, now {value}); "
+                    "resume with the same options, or give another folder."
+                )
+
+    def _check_inputs(self, path: Path) -> None:
+        """Refuse to delete what the command is about to read."""
+        data = self.config.get("data") or {}
+        given = [self.config.get(key) for key in INPUTS] + [data.get("path")]
+        for name in (x for value in given for x in (value if isinstance(value, list) else [value])):
+            if name and path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+                raise InputError(
+                    f"overwrite=true would delete {name}, which lies in out={path}; give another "
+                    "out folder."
+                )
 
     def finish(self, **fields: Any) -> dict[str, Any]:
         """Write result.json: the common fields, then `fields`; None is left out."""
@@ -70,8 +105,10 @@ class OutFolder:
             "version": __version__,
             "seconds": round(time.monotonic() - self.started, 3),
             "seed": self.config.get("seed", 0),
-            **{key: value for key, value in fields.items() if value is not None},
+            "command_line": self.config.get("command_line"),
+            **fields,
         }
+        result = {key: value for key, value in result.items() if value is not None}
         if self.path is not None:
             write_json(self.path / "result.json", result)
         return result

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fbnas.errors import InputError
+from fbnas.errors import InputError, unknown
 from fbnas.export import input_size, read_metadata
 from fbnas.files import read_json
 from fbnas.latency.devices import Device
@@ -47,6 +48,10 @@ def space_for(config: Config, architecture: Architecture) -> SearchSpace:
 
 def data_for(config: Config, space: SearchSpace | None = None) -> Data:
     """Load the data of `data=`, checked against the space."""
+    known = [name for name in signature(load_data).parameters if name != "space"]
+    for key in config["data"]:
+        if key not in known:
+            raise unknown("option of data:", key, known)
     return load_data(**config["data"], space=space)
 
 

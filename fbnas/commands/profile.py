@@ -10,7 +10,6 @@ from fbnas.latency.profiling import ROUNDS, plan, profile
 
 def main(config: dict[str, Any]) -> int:
     space, device = space_of(config), device_of(config)
-    out = OutFolder(config)
     if config["plan"]:
         items = plan(space, config["classes"])
         for item in items:
@@ -25,6 +24,7 @@ def main(config: dict[str, Any]) -> int:
         rounds=config["rounds"] or ROUNDS,
         seed=config["seed"],
     )
+    out = OutFolder(config)  # only now, so that the same command continues after an interrupt
     noise = 100 * table.noise_floor
     print(
         f"{config['table']}: {len(table.entries)} rows, {device.precision}, noise floor "

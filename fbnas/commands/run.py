@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fbnas.commands import calibrate as calibrate_command
+from fbnas.commands.compress import check_compression
 from fbnas.commands.evaluate import is_missed
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import card_for, data_for, device_of, space_of
@@ -38,9 +39,10 @@ from fbnas.search import (
     search,
 )
 from fbnas.space import Architecture, SearchSpace, build_network, load_network, save_network
+from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data
 from fbnas.training.loop import train
-from fbnas.training.settings import TrainingSettings
+from fbnas.training.settings import TrainingSettings, choose_device
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,10 @@ def main(config: dict[str, Any]) -> int:
     _check(config)
     space, device = space_of(config), device_of(config)
     data = data_for(config, space)  # before the out folder: a typo must not cost an older run
+    if config["table"] is not None:
+        given = LatencyTable.load(config["table"])
+        require_same_device(given, device)
+        choose_target(given, space, data.classes, config["target_ms"], config["target_fraction"])
     chain = Chain(config, OutFolder(config), space, data, device)
     headline(f"1/5 latency table of {device.name}: {device.runtime}, {device.precision}")
     table, calibrated = measured_table(chain)
@@ -93,9 +99,17 @@ def main(config: dict[str, Any]) -> int:
 
 def _check(config: dict[str, Any]) -> None:
     """Refuse what can be refused before anything is measured."""
-    SearchSettings.from_dict(config["search"])
-    TrainingSettings.from_dict(config["training"])
+    searching = SearchSettings.from_dict(config["search"])
+    training = TrainingSettings.from_dict(config["training"])
+    for settings in (searching, training):
+        build_augmentation(**settings.augment)
+        choose_device(settings.device)
     build_objective(**config["objective"])
+    check_compression(config)
+    if not 0 < config["target_fraction"] < 1:
+        raise InputError(
+            f"target_fraction={config['target_fraction']}; expected a number between 0 and 1."
+        )
     target_ms = config["target_ms"]
     if target_ms is not None and not target_ms > 0:
         raise InputError(f"target_ms={target_ms}; expected a positive number of milliseconds.")
@@ -120,19 +134,18 @@ def headline(text: str) -> None:
 def measured_table(chain: Chain) -> tuple[LatencyTable, dict[str, Any] | None]:
     """Load or measure the table, and mend it by whole networks unless it was mended before."""
     given = chain.config["table"]
-    path = chain.folder / "table.csv"
+    path, record = chain.folder / "table.csv", chain.folder / "calibration.json"
+    if record.is_file():  # a resumed run: the table is mended already
+        return LatencyTable.load(path), read_json(record)
     if given is not None:
         table = LatencyTable.load(given)
-        require_same_device(table, chain.device)
-        table.tensor(chain.space, classes=chain.data.classes)
         table.save(path)
     else:
         table = profile(
             chain.space, chain.device, path, classes=chain.data.classes, seed=chain.seed
         )
-    record = chain.folder / "calibration.json"
-    if record.is_file():
-        return LatencyTable.load(path), read_json(record)
+        noise = 100 * table.noise_floor
+        print(f"{path}: {len(table.entries)} rows, noise floor {noise:.1f} %")
     if "correction_scale" in table.header or chain.config["networks"] == 0:
         return table, None
     found = calibration.calibrate(

@@ -13,6 +13,7 @@ NUMBERS = (
     "data.channels",
     "data.limit",
 )  # null by default
+WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit")
 LISTS = {"search": ("table", "target_ms")}  # options that take one value or a list of them
 LEAST = {"classes": 1, "candidates": 1, "count": 1, "networks": 0, "random": 0, "seed": 0}
 
@@ -77,6 +78,8 @@ def _expected(key: str, value: Any, example: Any) -> str | None:
         from_least = f" from {least}" if key in LEAST else ""
         whole = number and isinstance(value, int) and value >= least
         return None if whole else f"a whole number{from_least}"
+    if key in WHOLE:
+        return None if number and isinstance(value, int) and value > 0 else "a whole number from 1"
     if isinstance(example, float) or key in NUMBERS:
         return None if number else "a number"
     if isinstance(example, list | dict):

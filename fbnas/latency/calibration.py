@@ -19,7 +19,7 @@ from fbnas.errors import InputError
 from fbnas.latency.devices import ROUNDS, Device
 from fbnas.latency.profiling import enliven_, one_torch_thread, require_same_device
 from fbnas.latency.runtimes import runtime
-from fbnas.latency.table import LatencyTable
+from fbnas.latency.table import CORRECTION, LatencyTable
 from fbnas.latency.timing import Timing
 from fbnas.progress import progress
 from fbnas.space import Architecture, SearchSpace, build_network
@@ -160,8 +160,7 @@ def apply(table: LatencyTable, calibration: Calibration) -> LatencyTable:
 
 def uncorrected(table: LatencyTable) -> LatencyTable:
     """Return the table without a correction."""
-    dropped = ("correction_scale", "correction_base_ms", "calibration")
-    header = {key: value for key, value in table.header.items() if key not in dropped}
+    header = {key: value for key, value in table.header.items() if key not in CORRECTION}
     return LatencyTable(header, table.entries, path=table.path)
 
 

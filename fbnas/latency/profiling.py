@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,11 @@ import fbnas
 from fbnas.errors import InputError
 from fbnas.files import read_json, write_json
 from fbnas.latency.devices import Device, Measurement
-from fbnas.latency.table import OVERHEAD, Entry, LatencyTable, Shape
+from fbnas.latency.table import CORRECTION, OVERHEAD, Entry, LatencyTable, Shape
 from fbnas.latency.timing import Timing
 from fbnas.progress import progress
 from fbnas.space import SearchSpace, build_block
 from fbnas.space.network import build_classifier, build_head, build_stem
-
-log = logging.getLogger(__name__)
 
 ROUNDS = 20  # of 111 blocks of space fbnet: about 3 s (2-core x86)
 BATCH = 1
@@ -117,8 +114,6 @@ def profile(
     table = LatencyTable(header, entries) if known is None else _extended(known, header, entries)
     table.save(table_path)
     shutil.rmtree(work)
-    floor = 100 * table.noise_floor
-    log.info("%s: %d rows, noise floor %.1f %%", table_path, len(table.entries), floor)
     return table
 
 
@@ -230,8 +225,12 @@ def _extended(
     """Return the table with more rows; of two noise floors the larger one holds for all rows."""
     spaces = [*known.header.get("space", "").split(), header["space"]]
     noise_floor = max(known.noise_floor, float(header["noise_floor"]))
+    kept = dict(known.header)
+    if header["space"] not in known.header.get("space", "").split():
+        for key in CORRECTION:  # it was fitted on networks of another space
+            kept.pop(key, None)
     merged = {
-        **known.header,
+        **kept,
         "space": " ".join(dict.fromkeys(spaces)),
         "noise_floor": f"{noise_floor:.4f}",
     }

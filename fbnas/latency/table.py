@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fbnas.space import SearchSpace
 
+CORRECTION = ("correction_scale", "correction_base_ms", "calibration")  # header keys
 OVERHEAD = Shape("overhead", 1, 1, 1, 1, 1)
 
 
@@ -129,7 +130,8 @@ class LatencyTable:
         return self._by_shape[shape]
 
     def _refuse(self, missing: Shape, space: str, *, classes: int | None = None) -> NoReturn:
-        command = f"fbnas profile space={space} device={self.device}"
+        command = f"fbnas profile space={space} device=local"
+        command += f" device.name={self.device}" if self.device != "local" else ""
         command += f" device.precision={self.precision}" if self.precision != "fp32" else ""
         command += f" device.threads={self.threads}" if self.threads != 1 else ""
         command += f" classes={classes}" if classes is not None else ""

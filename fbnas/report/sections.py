@@ -1,6 +1,5 @@
 """The parts of the page in their order; a part that the folder knows nothing of is left out."""
 
-import shlex
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -235,12 +234,5 @@ def _environment(run: Run) -> Section | None:
 
 
 def _command(run: Run) -> str:
-    """Return the command line that the result holds, or the one that reads config.yaml again."""
-    command = str(run.result.get("command") or "")
-    if " " in command:
-        return command
-    if not run.config:
-        return ""
-    name = command or ("search" if run.search else "train")
-    folder = shlex.quote(str(run.folder.resolve()))
-    return f"fbnas {name} --config-dir={folder} --config-name=config out=NEW_FOLDER"
+    """Return the command line of the run, empty where it was not recorded."""
+    return str(run.result.get("command_line") or "")

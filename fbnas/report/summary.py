@@ -100,7 +100,7 @@ def _trained(run: Run) -> str:
     best = max(rows, key=lambda row: row["validation_accuracy"])
     accuracy = percent(best["validation_accuracy"])
     return (
-        f"trained for {rows[-1]['epoch'] + 1} epochs; epoch {best['epoch']} was best with "
+        f"trained for {rows[-1]['epoch'] + 1} epochs; epoch {best['epoch'] + 1} was best with "
         f"{accuracy} of the validation images right"
     )
 
@@ -109,7 +109,7 @@ def _device(run: Run) -> str:
     """Name the device with its runtime and precision, from the result or the table's header."""
     device: dict[str, Any] = run.result.get("device") or {}
     header = run.tables[0].header if run.tables else {}
-    name = device.get("name") or "this device"
+    name = device.get("device") or device.get("name") or "this device"
     how = [str(device.get(key) or header.get(key) or "") for key in ("runtime", "precision")]
     return f"{name} ({', '.join(word for word in how if word)})" if any(how) else str(name)
 

@@ -19,7 +19,7 @@ COLUMNS = (
     "high_ms",
     "samples",
 )
-PSEUDO_BLOCKS = ("stem", "head", "classifier")
+PSEUDO_BLOCKS = ("stem", "head", "classifier", "overhead")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class Logbook:
             "theta_accuracy",
             "tau",
             "lr",
+            "seconds",
         ):
             if row[key] is not None:
                 self.writer.add_scalar(key, row[key], epoch)

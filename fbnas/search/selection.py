@@ -11,6 +11,7 @@ from fbnas.space.architecture import Architecture
 from fbnas.space.search_space import NINE_BLOCKS, SearchSpace
 
 # A float32 softmax underflows to 0; such a block is unlikely, not absent.
+ROUNDING = 1e-12  # of sums in another order: the fastest network fits its own latency
 SMALLEST_PROBABILITY = 1e-38
 
 
@@ -81,7 +82,7 @@ def most_probable_within(
             f"expected both (layers, {len(names)}): pass space= for other blocks."
         )
     fastest, slowest = latency_range(latency_ms, base_ms)
-    if budget_ms < fastest:
+    if budget_ms * (1 + ROUNDING) < fastest:
         raise InputError(
             f"No network fits {budget_ms:.4g} ms: the fastest takes {fastest:.4g} ms and the "
             f"slowest {slowest:.4g} ms by the table."
@@ -89,7 +90,7 @@ def most_probable_within(
     cost = latency_ms.detach().double().cpu().numpy()
     score = probabilities.detach().double().cpu().clamp(min=SMALLEST_PROBABILITY).log().numpy()
     chosen = []
-    for path in _best_paths(score, cost, budget_ms - base_ms, count):
+    for path in _best_paths(score, cost, budget_ms * (1 + ROUNDING) - base_ms, count):
         predicted = base_ms + sum(cost[i, j] for i, j in enumerate(path))
         chosen.append(
             Architecture(

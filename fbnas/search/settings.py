@@ -23,7 +23,7 @@ class SearchSettings:
     epochs: int = 60
     warmup_epochs: int | None = None
     warmup_fraction: float = 0.7
-    batch_size: int = 128
+    batch_size: int = 64
     weights_lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -54,6 +54,15 @@ class SearchSettings:
             if not 0 < getattr(self, name) < 1:
                 raise InputError(
                     f"search.{name} is {getattr(self, name)}; expected between 0 and 1."
+                )
+        for name in ("weights_lr", "theta_lr"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"search.{name} is {getattr(self, name)}; expected more than 0.")
+        for name in ("momentum", "weight_decay", "theta_weight_decay"):
+            if not 0 <= getattr(self, name) < (1 if name == "momentum" else math.inf):
+                raise InputError(
+                    f"search.{name} is {getattr(self, name)}; expected 0 or more"
+                    f"{' and less than 1' if name == 'momentum' else ''}."
                 )
         if self.tau <= 0 or (self.tau_final is not None and self.tau_final <= 0):
             raise InputError(f"search.tau is {self.tau}; expected a positive temperature.")

@@ -218,9 +218,11 @@ def _import_blocks(path: Path) -> None:
     sys.modules[name] = module
     try:
         specification.loader.exec_module(module)
-    except (SyntaxError, ImportError, ValueError, NameError) as error:
+    except Exception as error:  # it is the user's code: anything may go wrong in it
         del sys.modules[name]
-        raise InputError(f"{path}: the module cannot be imported: {error}") from error
+        raise InputError(
+            f"{path}: the module cannot be imported ({type(error).__name__}: {error}); mend it."
+        ) from error
 
 
 def _layers(space: SearchSpace) -> tuple[Layer, ...]:

@@ -22,12 +22,12 @@ class TrainingSettings:
     """
 
     epochs: int = 30
-    batch_size: int = 128
+    batch_size: int = 64
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 4e-5
     label_smoothing: float = 0.1
-    ema: float = 0.999
+    ema: float = 0.99
     warmup_epochs: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"

@@ -165,6 +165,11 @@ def _parquet_files(where: str) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for file in found:
         files.setdefault(_split_of(Path(file)), []).append(file)
+    if "train" not in files and len(files) > 1:
+        raise InputError(
+            f"{where}: files of {' and '.join(sorted(files))} but none of train; expected "
+            "train.parquet beside them, or one split alone to be divided."
+        )
     return files if "train" in files else {"train": found}
 
 

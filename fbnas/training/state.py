@@ -92,8 +92,8 @@ class TrainingState:
             return
         kept = f" The checkpoint in {self.out} is from before." if self.out is not None else ""
         raise TrainingDiverged(
-            f"The loss is not a finite number in epoch {self.epoch}; expected it to fall.{kept} "
-            "Start again with a lower learning rate (lr)."
+            f"The loss is not a finite number in epoch {self.epoch + 1}; expected it to fall.{kept}"
+            " Start again with a lower learning rate (lr)."
         )
 
     def save(self) -> None:

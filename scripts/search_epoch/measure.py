@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/search_epoch/measure.py --space quickstart --rounds 5
 
-Each round visits, in random order, a warm-up epoch and an epoch with theta awake of both recipes. Prints the
-median, the spread, the noise (the same thing twice) and what a whole search costs by each recipe's schedule.
+Each round visits, in random order, a warm-up epoch and an epoch with theta awake of both recipes.
+Prints the median, the spread, the noise (the same thing twice) and what a whole search costs by
+each recipe's schedule.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from fbnas.training.data import load_data
 
 
 class MultiplyAdds:
-    """A stand-in for a table, in millions of multiply-adds: what it says does not change the time."""
+    """A stand-in for a table: what it says does not change the time."""
 
     def tensor(self, space: SearchSpace, *, classes: int | None = None):  # type: ignore[no-untyped-def]
         import torch
@@ -77,8 +78,9 @@ def main() -> None:
         medians[name, awake] = statistics.median(both)
         noise = abs(statistics.median(first) / statistics.median(second) - 1)
         print(
-            f"{name:6} {'theta awake' if awake else 'warm-up':11} median {medians[name, awake]:.2f} s "
-            f"({min(both):.2f} to {max(both):.2f}), test against retest {100 * noise:.1f} %"
+            f"{name:6} {'theta awake' if awake else 'warm-up':11} "
+            f"median {medians[name, awake]:.2f} s ({min(both):.2f} to {max(both):.2f}), "
+            f"test against retest {100 * noise:.1f} %"
         )
     means = {}
     for name, settings in recipes.items():

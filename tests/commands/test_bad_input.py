@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_run import write_space, write_table
 
 from fbnas.commands import main
+from fbnas.commands.composition import compose
 from fbnas.space import Architecture, NetworkCard, SearchSpace, build_network, save_network
 
 RUN = ["run", "space=tiny.yaml", "table=table.csv", "out=out"]
@@ -99,7 +101,7 @@ VALUES = [
     ("run candidates=0", "candidates=0; expected a whole number from 1"),
     ("run networks=2", "networks=2; expected 0"),
     ("run space.blocks=skip", "space.blocks='skip'; expected a list"),
-    ("run data.limit=-3", "data.limit is -3"),
+    ("run data.limit=-3", "data.limit=-3"),
     ("run device.threads=0", "device.threads is 0; expected a whole number from 1"),
     ("run data=image_folder", "needs data.path=...; the folder. See: fbnas run --help"),
     ("search", "needs table=...; a latency table"),
@@ -253,8 +255,6 @@ def test_an_out_folder_that_holds_a_run(refused: Callable[..., str]) -> None:
 def test_sampling_never_empties_a_folder_unasked(refused: Callable[..., str]) -> None:
     line = refused("sample", "run=nowhere", "out=out")
     assert "no theta.json" in line
-    from fbnas.commands.composition import compose
-
     assert compose("sample", ["run=r"])["overwrite"] is False
 
 
@@ -266,7 +266,31 @@ def test_nothing_to_resume(refused: Callable[..., str]) -> None:
 
 def test_a_damaged_checkpoint(refused: Callable[..., str]) -> None:
     Path("out").mkdir()
-    Path("out/config.yaml").write_text("command: search\n")
+    begun = compose("search", [*SEARCH[1:], "data.limit=320"])
+    Path("out/config.yaml").write_text(yaml.safe_dump(begun))
     Path("out/checkpoint.pt").write_bytes(b"PK\x03\x04 cut off")
     line = refused(*SEARCH, "resume=true", "data.limit=320")
     assert "out/checkpoint.pt: the checkpoint is damaged" in line
+
+
+def test_a_run_is_not_continued_as_another_one(refused: Callable[..., str]) -> None:
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text(yaml.safe_dump(compose("search", SEARCH[1:])))
+    line = refused(*SEARCH, "target_ms=6", "resume=true")
+    assert "was begun with another target_ms (None, now 6)" in line
+
+
+def test_overwriting_never_deletes_what_is_read(refused: Callable[..., str]) -> None:
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text(yaml.safe_dump(compose("search", SEARCH[1:])))
+    Path("table.csv").rename("out/table.csv")
+    search = [x if not x.startswith("table=") else "table=out/table.csv" for x in SEARCH]
+    assert "would delete out/table.csv" in refused(*search, "overwrite=true")
+    assert Path("out/table.csv").is_file()
+
+
+def test_a_folder_of_another_program_is_not_emptied(refused: Callable[..., str]) -> None:
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text("theirs: true\n")
+    assert "out=out holds other files" in refused(*SEARCH, "overwrite=true")
+    assert Path("out/config.yaml").is_file()

@@ -344,13 +344,16 @@ def again(
 ) -> Callable[..., tuple[int, dict[str, Any]]]:
     """Judge the stages of the steady run anew, with latencies of our own."""
 
-    def judged(ms: dict[str, float], *more: str) -> tuple[int, dict[str, Any]]:
+    def judged(ms: dict[str, float], allowed: float = 0.01) -> tuple[int, dict[str, Any]]:
         shutil.copytree(steady, tmp_path / "r")
         for file in (tmp_path / "r" / "models").glob("*.decision.json"):
             file.unlink()
         fake = FakeDevice(ms)
         monkeypatch.setattr(Device, "measure", lambda _, files, **__: fake.measure(files))
-        code = main([*run_arguments(tmp_path / "r"), *more, "resume=true"])
+        arguments = [*run_arguments(tmp_path / "r"), f"max_accuracy_drop={allowed}"]
+        config = tmp_path / "r" / "config.yaml"
+        config.write_text(yaml.safe_dump(compose("run", arguments[1:])))
+        code = main([*arguments, "resume=true"])
         return code, read(tmp_path / "r" / "result.json")
 
     return judged
@@ -367,7 +370,7 @@ def again(
 def test_the_chain_goes_on_from_the_best_stage_before(
     again: Callable[..., tuple[int, dict[str, Any]]], ms: dict[str, float], final: str
 ) -> None:
-    code, result = again(ms, "max_accuracy_drop=1.0")
+    code, result = again(ms, 1.0)
     assert code == 0
     assert result["final_stage"] == final
     assert result["latency_ms"]["value"] == ms[final]
@@ -386,4 +389,5 @@ def test_a_budget_that_is_missed_is_exit_code_3(
 
 def test_config_yaml_composes_what_was_run(steady: Path) -> None:
     stored = yaml.safe_load((steady / "config.yaml").read_text())
+    assert stored.pop("command_line").startswith("fbnas run ")
     assert stored == compose("run", run_arguments(steady)[1:])

@@ -105,7 +105,7 @@ def test_a_missing_shape_is_refused_with_the_command_that_measures_it(
     assert str(refusal.value) == (
         "No latency for k5_e6 (64 -> 64, stride 1, 14x14) in rpi4_int8.csv, which holds "
         f"{len(plan(space, 10))} rows for space tiny. Measure it: fbnas profile space=fbnet "
-        f"device=rpi4 device.precision=int8 table={saved}"
+        f"device=local device.name=rpi4 device.precision=int8 table={saved}"
     )
 
 

@@ -223,6 +223,7 @@ def result() -> dict[str, Any]:
     device |= {"precision": "int8", "threads": 1, "cpu": "a 2-core <x86> machine"}
     return {
         "command": "run",
+        "command_line": "fbnas run experiment=quickstart seed=3",
         "version": "0.1.0",
         "seconds": 212.4,
         "seed": 3,

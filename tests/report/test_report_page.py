@@ -212,7 +212,7 @@ def test_heatmap_holds_the_table(page: ParsedPage, made_folder: Path) -> None:
 def test_environment(page: ParsedPage, made_folder: Path) -> None:
     rows = dict(row for row in page.tables["environment-table"])
     assert rows["fbnas"] == "0.1.0" and rows["seed"] == "3" and rows["threads"] == "1"
-    assert f"--config-dir={made_folder.resolve()}" in page.text_of["environment"]
+    assert "fbnas run experiment=quickstart seed=3" in page.text_of["environment"]
 
 
 def test_report_needs_no_torch(made_folder: Path) -> None:

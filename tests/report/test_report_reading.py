@@ -45,7 +45,7 @@ def test_a_training_alone(tmp_path: Path) -> None:
     made.write_training(tmp_path)
     page = ParsedPage(write_report(tmp_path))
     assert page.sections() == ["architecture", "training"]
-    assert "Trained for 8 epochs; epoch 6 was best with 95.2" in page.text_of["summary"]
+    assert "Trained for 8 epochs; epoch 7 was best with 95.2" in page.text_of["summary"]
     assert page.tables["layers"][1][-1] == "\u2013"  # no table, no latency
 
 
