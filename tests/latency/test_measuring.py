@@ -178,3 +178,14 @@ def test_short_models_are_repeated_within_a_visit() -> None:
 
     assert runner.warm_up(Timed, 0.01) == 1  # type: ignore[arg-type]
     assert runner.warm_up(Timed, 0.0) > 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_module_is_compiled_into_a_folder_that_is_not_there_yet(
+    precision: str, tmp_path: Path
+) -> None:
+    device = Device(precision=precision)
+    path = tmp_path / "new" / "folder" / "block.onnx"
+    module = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU()).eval()
+    device.compile(module, (4, 6, 6), path)
+    assert device.measure([path], rounds=2).timings[0].latency_ms > 0

@@ -50,7 +50,7 @@ def compile(
     if precision == "fp32":
         write_onnx(module, input_shape, path, batch=batch)
         return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         source = Path(folder) / "fp32.onnx"
         write_onnx(module, input_shape, source, batch=batch)
         quantize_onnx(source, path, calibration)
