@@ -17,6 +17,18 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def check_known(kind: str, names: Iterable[object], known: Iterable[str]) -> None:
+    """Refuse the first of `names` that is not a known one.
+
+    Raises:
+        InputError: as `unknown` words it.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise unknown(kind, name, known)
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Build the error for an unknown name: it names the closest and lists the known ones."""
     names = sorted(known)

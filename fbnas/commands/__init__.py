@@ -119,6 +119,6 @@ def usage() -> str:
             "",
             "A first run, in minutes:  fbnas run experiment=quickstart out=runs/quickstart",
             "Your own data and budget: fbnas run data=image_folder data.path=DIR space=fbnet "
-            "target_ms=12 out=runs/mine",
+            "target_ms=6 out=runs/mine",
         ]
     )

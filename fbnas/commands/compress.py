@@ -1,6 +1,6 @@
 """fbnas compress: channel pruning of a network, or int8 of its file."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fbnas.compression import (
     compress_,
     quantize_file,
 )
-from fbnas.errors import unknown
+from fbnas.errors import check_known, unknown
 from fbnas.export import accuracy_of_file, export_onnx
 from fbnas.space import NetworkCard, count, load_network, save_network
 from fbnas.training.data import Data
@@ -72,12 +72,10 @@ def prune_and_tune(
     Raises:
         InputError: an unknown option of compression.pruning or compression.fine_tuning.
     """
-    options = config["compression"]
     settings = tuning(config)
-    method = build_method(ChannelPruning, options["pruning"], "compression.pruning")
     report = compress_(
         network,
-        method,
+        pruning_of(config),
         input_shape=card.input_shape,
         train=lambda pruned: train(
             pruned,
@@ -94,7 +92,6 @@ def prune_and_tune(
 
 
 def _quantize(config: dict[str, Any]) -> int:
-    method = build_method(StaticQuantization, config["compression"]["quantization"], "quantization")
     model = Path(config["model"])
     card = None
     if not (model.is_file() and model.suffix == ".onnx"):
@@ -110,7 +107,7 @@ def _quantize(config: dict[str, Any]) -> int:
         source = out.folder / "fp32.onnx"
         export_onnx(network, source, card=card)
     target = out.folder / "model.onnx"
-    report = quantize_file(source, target, data, method, seed=config["seed"])
+    report = quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
     before, after = (accuracy_of_file(f, data.test, mean=mean, std=std) for f in (source, target))
     print(f"{target}: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
     print(f"test accuracy {before:.4f} -> {after:.4f}")
@@ -135,12 +132,9 @@ def check_compression(config: dict[str, Any]) -> None:
         InputError: an unknown option, or a value out of its range.
     """
     options = config["compression"]
-    parts = ("pruning", "fine_tuning", "quantization")
-    for key in options:
-        if key not in parts:
-            raise unknown("part of compression", key, parts)
-    build_method(ChannelPruning, options["pruning"], "compression.pruning")
-    build_method(StaticQuantization, options["quantization"], "compression.quantization")
+    check_known("part of compression", options, ("pruning", "fine_tuning", "quantization"))
+    pruning_of(config)
+    quantization_of(config)
     tuning(config)
 
 
@@ -148,16 +142,21 @@ def tuning(config: dict[str, Any]) -> TrainingSettings:
     """Return the settings of fine-tuning: the training's, but for compression.fine_tuning."""
     training = TrainingSettings.from_dict(config["training"])
     options = config["compression"]["fine_tuning"]
-    known = list(config["training"])
-    for key in options:
-        if key not in known:
-            raise unknown("option of compression.fine_tuning:", key, known)
+    check_known("option of compression.fine_tuning:", options, config["training"])
     return replace(training, **options)
 
 
-def build_method(kind: type, options: dict[str, Any], where: str) -> Any:
-    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
-    for key in options:
-        if key not in known:
-            raise unknown(f"option of {where}:", key, known)
-    return kind(**options)
+def pruning_of(config: dict[str, Any]) -> ChannelPruning:
+    """Build the method of `compression.pruning`."""
+    options = config["compression"]["pruning"]
+    known = [field.name for field in fields(ChannelPruning)]
+    check_known("option of compression.pruning:", options, known)
+    return ChannelPruning(**options)
+
+
+def quantization_of(config: dict[str, Any]) -> StaticQuantization:
+    """Build the method of `compression.quantization`."""
+    options = config["compression"]["quantization"]
+    known = [field.name for field in fields(StaticQuantization)]
+    check_known("option of compression.quantization:", options, known)
+    return StaticQuantization(**options)

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import data_of_file, device_of
-from fbnas.errors import InputError
+from fbnas.commands.parts import check_target_ms, data_of_file, device_of
 from fbnas.export import accuracy_of_file, read_metadata
 from fbnas.latency.devices import ROUNDS
 
@@ -15,8 +14,7 @@ LEAST_TOLERANCE = 0.05  # a target is missed by more than this, or twice the noi
 def main(config: dict[str, Any]) -> int:
     model, device = Path(config["model"]), device_of(config)
     target_ms = config["target_ms"]
-    if target_ms is not None and not target_ms > 0:
-        raise InputError(f"target_ms={target_ms}; expected a positive number of milliseconds.")
+    check_target_ms(target_ms)
     data, mean, std = data_of_file(config, model)
     out = OutFolder(config)
     accuracy = accuracy_of_file(model, data.test, mean=mean, std=std)

@@ -6,7 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known
 from fbnas.export import input_size, read_metadata
 from fbnas.files import read_json
 from fbnas.latency.devices import Device
@@ -49,10 +49,28 @@ def space_for(config: Config, architecture: Architecture) -> SearchSpace:
 def data_for(config: Config, space: SearchSpace | None = None) -> Data:
     """Load the data of `data=`, checked against the space."""
     known = [name for name in signature(load_data).parameters if name != "space"]
-    for key in config["data"]:
-        if key not in known:
-            raise unknown("option of data:", key, known)
+    check_known("option of data:", config["data"], known)
     return load_data(**config["data"], space=space)
+
+
+def check_target_ms(target_ms: float | None) -> None:
+    """Refuse a budget that is none; None stands for no budget.
+
+    Raises:
+        InputError: it is not positive.
+    """
+    if target_ms is not None and not target_ms > 0:
+        raise InputError(f"target_ms={target_ms}; expected a positive number of milliseconds.")
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse a target_fraction that lies not between the fastest and the slowest network.
+
+    Raises:
+        InputError: it is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"target_fraction={fraction}; expected a number between 0 and 1.")
 
 
 def device_of(config: Config) -> Device:

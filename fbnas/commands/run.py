@@ -4,7 +4,6 @@ Every step leaves files behind and is skipped on resume when they are there, so 
 run loses at most the step under way.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,14 @@ from fbnas.commands import calibrate as calibrate_command
 from fbnas.commands.compress import check_compression
 from fbnas.commands.evaluate import is_missed
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import card_for, data_for, device_of, space_of
+from fbnas.commands.parts import (
+    card_for,
+    check_fraction,
+    check_target_ms,
+    data_for,
+    device_of,
+    space_of,
+)
 from fbnas.commands.search import choose_target
 from fbnas.commands.stages import Stage, final_measurement, print_stages, stages_of
 from fbnas.commands.train import report_epoch, start
@@ -32,19 +38,18 @@ from fbnas.search import (
     SearchSettings,
     Target,
     build_objective,
+    latency_range,
     most_probable_within,
     rank_by_shared_weights,
     read_result,
     read_supernet,
     search,
 )
-from fbnas.space import Architecture, SearchSpace, build_network, load_network, save_network
+from fbnas.space import Architecture, SearchSpace, build_network, save_network
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data
 from fbnas.training.loop import train
 from fbnas.training.settings import TrainingSettings, choose_device
-
-log = logging.getLogger(__name__)
 
 SELECTION_ATTEMPTS = 3
 HELD_OUT = 5  # whole networks that judge the table's correction
@@ -91,7 +96,7 @@ def main(config: dict[str, Any]) -> int:
     trained_network(chain, chosen)
     headline("5/5 compression, export and measurement of every stage")
     stages = stages_of(chain.config, chain.folder, chain.data, device, resume=chain.out.resume)
-    noise_floor = final_measurement(stages, chain.folder, device, seed=chain.seed)
+    noise_floor = final_measurement(stages, device, seed=chain.seed)
     return conclude(
         chain, target, chosen, stages, noise_floor, candidates=candidates, calibrated=calibrated
     )
@@ -106,13 +111,8 @@ def _check(config: dict[str, Any]) -> None:
         choose_device(settings.device)
     build_objective(**config["objective"])
     check_compression(config)
-    if not 0 < config["target_fraction"] < 1:
-        raise InputError(
-            f"target_fraction={config['target_fraction']}; expected a number between 0 and 1."
-        )
-    target_ms = config["target_ms"]
-    if target_ms is not None and not target_ms > 0:
-        raise InputError(f"target_ms={target_ms}; expected a positive number of milliseconds.")
+    check_fraction(config["target_fraction"])
+    check_target_ms(config["target_ms"])
     if 0 < config["networks"] < calibration.LEAST_NETWORKS:
         raise InputError(
             f"networks={config['networks']}; expected 0, for no correction of the table, or at "
@@ -198,7 +198,7 @@ def chosen_architecture(
     limit_ms, tried = target.budget_ms, []
     for _ in range(SELECTION_ATTEMPTS):
         candidates = _candidates(chain, learned, limit_ms)
-        rows, noise_floor = _measure_candidates(chain, candidates, learned)
+        rows, noise_floor = _measure_candidates(chain, candidates)
         tried += rows
         fitting = [
             candidate
@@ -213,7 +213,8 @@ def chosen_architecture(
         fastest = min(range(len(rows)), key=lambda i: rows[i]["latency_ms"]["value"])
         chosen = candidates[fastest]
         print(f"none of {len(rows)} candidates fits; networks take {ratio:.3f} of the table's word")
-        limit_ms = max(target.budget_ms / ratio, _fastest_ms(learned))
+        fastest_ms, _ = latency_range(learned.latency_ms, learned.base_ms)
+        limit_ms = max(target.budget_ms / ratio, fastest_ms)
     for number, candidate in enumerate(candidates, start=1):
         candidate.save(folder / f"{number:02d}.yaml")
     chosen.save(folder / "chosen.yaml")
@@ -243,12 +244,8 @@ def _candidates(chain: Chain, learned: Learned, limit_ms: float) -> list[Archite
     return [r.architecture for r in ranked]
 
 
-def _fastest_ms(learned: Learned) -> float:
-    return learned.base_ms + float(learned.latency_ms.nan_to_num(torch.inf).amin(dim=1).sum())
-
-
 def _measure_candidates(
-    chain: Chain, candidates: Sequence[Architecture], learned: Learned
+    chain: Chain, candidates: Sequence[Architecture]
 ) -> tuple[list[dict[str, Any]], float]:
     """Time whole untrained networks against each other: latency does not depend on weights."""
     shape = (chain.space.input_channels, chain.space.resolution, chain.space.resolution)
@@ -277,7 +274,6 @@ def trained_network(chain: Chain, chosen: Architecture) -> None:
     """Train the chosen architecture into train/, unless it is there already."""
     folder = chain.folder / "train"
     if (folder / "network.yaml").is_file():
-        load_network(folder)
         return
     torch.manual_seed(chain.seed)
     supernet = str(chain.folder / "search") if chain.config["init"] == "supernet" else None

@@ -9,6 +9,7 @@ from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import data_for, search_folder
 from fbnas.errors import InputError, unknown
 from fbnas.files import read_yaml, write_yaml
+from fbnas.latency.calibration import predict
 from fbnas.search import (
     check_budget,
     most_probable_within,
@@ -52,7 +53,7 @@ def main(config: dict[str, Any]) -> int:
     named["most_probable"] = theta.most_probable()
     named |= {f"random_{i:02d}": theta.sample(generator) for i in range(1, config["random"] + 1)}
     for name, architecture in named.items():
-        predicted = _predicted(architecture, space, target.latency_ms, target.base_ms)
+        predicted = predict(space, architecture, target.latency_ms, target.base_ms)
         architecture.provenance["predicted_latency_ms"] = predicted
         file = folder / "architectures" / f"{name}.yaml"
         architecture.save(file)
@@ -95,10 +96,3 @@ def _config_of(source: Path) -> Path:
     """A search inside a run has the run's configuration."""
     own = source / "config.yaml"
     return own if own.is_file() else source.parent / "config.yaml"
-
-
-def _predicted(
-    architecture: Architecture, space: Any, latency_ms: torch.Tensor, base_ms: float
-) -> float:
-    path = architecture.path(space)
-    return base_ms + float(latency_ms[torch.arange(len(path)), torch.tensor(path)].sum())

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import data_for, space_of
+from fbnas.commands.parts import check_fraction, data_for, space_of
 from fbnas.errors import InputError
 from fbnas.latency.table import LatencyTable
 from fbnas.search import (
@@ -83,8 +83,7 @@ def choose_target(
     """
     latency_ms, base_ms = table.tensor(space, classes=classes)
     if budget_ms is None:
-        if not 0 < fraction < 1:
-            raise InputError(f"target_fraction={fraction}; expected a number between 0 and 1.")
+        check_fraction(fraction)
         fastest, slowest = latency_range(latency_ms, base_ms)
         budget_ms = fastest + fraction * (slowest - fastest)
     check_budget(budget_ms, latency_ms, base_ms)

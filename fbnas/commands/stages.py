@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fbnas.commands.compress import build_method, prune_and_tune
-from fbnas.compression import StaticQuantization, quantize_file
+from fbnas.commands.compress import prune_and_tune, quantization_of
+from fbnas.compression import quantize_file
 from fbnas.export import accuracy_of_file, export_onnx
 from fbnas.files import read_json, write_json
 from fbnas.latency.devices import QUIET_NOISE_FLOOR, Device
@@ -120,7 +120,7 @@ class Judge:
         return after.latency_ms / before.latency_ms, measurement.noise_floor
 
 
-def final_measurement(stages: Sequence[Stage], folder: Path, device: Device, *, seed: int) -> float:
+def final_measurement(stages: Sequence[Stage], device: Device, *, seed: int) -> float:
     """Time all stages against each other once more, for the table; return the noise floor."""
     files = [stage.path for stage in stages]
     measurement = device.measure_quietly(files, "Timing all stages", seed=seed + 1)
@@ -142,8 +142,7 @@ def _exported(name: str, source: str, folder: Path, data: Data) -> Stage:
 
 def _quantized(config: dict[str, Any], best: Stage, folder: Path, data: Data) -> Stage:
     path = folder / "models" / "int8.onnx"
-    method = build_method(StaticQuantization, config["compression"]["quantization"], "quantization")
-    quantize_file(best.path, path, data, method, seed=config["seed"])
+    quantize_file(best.path, path, data, quantization_of(config), seed=config["seed"])
     accuracy = _accuracy(path, data, data.validation)
     return Stage("int8", path, best.network, best.params, best.macs, accuracy)
 

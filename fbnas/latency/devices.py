@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known, unknown
 from fbnas.files import read_jsonl, write_json
 from fbnas.latency.runtimes import available_runtime, runtime
 from fbnas.latency.timing import Timing, noise_floor, summarize
@@ -75,9 +75,7 @@ class Device:
             InputError: unknown key (the closest is named), or a value that makes no device.
         """
         known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown("device option", str(key), known)
+        check_known("device option", values, known)
         return cls(**values)
 
     def fingerprint(self) -> dict[str, str]:

@@ -162,7 +162,7 @@ class Loop:
         self.out = Path(out) if out else None
         self.device = choose_device(settings.device)
         self.supernet = Supernet(space, classes=data.classes)
-        # channels last: the step through all branches takes half the time on CPU
+        # as the batches are: training steps of FBNets take 0.6 of the time so (batches())
         self.supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.weights_optimiser = torch.optim.SGD(
             self.supernet.parameters(),

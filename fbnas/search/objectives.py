@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known, unknown
 
 
 class Objective(Protocol):
@@ -53,9 +53,8 @@ def build_objective(name: str = "target", **options: Any) -> Objective:
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     known = [f.name for f in fields(OBJECTIVES[name])]  # type: ignore[arg-type]
+    check_known(f"option of objective {name}:", options, known)
     for option, value in options.items():
-        if option not in known:
-            raise unknown(f"option of objective {name}:", option, known)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise InputError(f"objective.{option} is {value!r}; expected a number of at least 0.")
     return OBJECTIVES[name](**options)

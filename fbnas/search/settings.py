@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known, unknown
 
 TAU_DECAY_PER_EPOCH = 0.045  # FBNet, section 4: tau is multiplied by exp(-0.045) each epoch of 90
 PUBLISHED_EPOCHS = 90
@@ -89,8 +89,5 @@ class SearchSettings:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "SearchSettings":
         """Build from a mapping; an unknown key is refused with the closest known one."""
-        known = [f.name for f in fields(cls)]
-        for key in content:
-            if key not in known:
-                raise unknown("search option", key, known)
+        check_known("search option", content, [f.name for f in fields(cls)])
         return cls(**content)

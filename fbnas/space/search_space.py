@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known
 from fbnas.files import read_yaml
 from fbnas.shipped import find
 from fbnas.space.blocks import BLOCKS, build_block, output_shape
@@ -93,9 +93,7 @@ class SearchSpace:
         _check_values(self)
         for path in self.modules:
             _import_blocks(Path(path))
-        for name in self.blocks:
-            if name not in BLOCKS:
-                raise unknown("block", name, BLOCKS)
+        check_known("block", self.blocks, BLOCKS)
         object.__setattr__(self, "layers", _layers(self))
         _check_shapes(self)
 
@@ -118,9 +116,7 @@ class SearchSpace:
     def from_dict(cls, content: dict[str, Any], *, folder: Path | None = None) -> "SearchSpace":
         """Build a space from a mapping as in a space file; `modules` are relative to `folder`."""
         known = [f.name for f in fields(cls) if f.init]
-        for key in content:
-            if key not in known:
-                raise unknown("key of a space", key, known)
+        check_known("key of a space", content, known)
         for key in ("resolution", "stem", "stages", "head"):
             if content.get(key) is None:
                 raise InputError(f"the space has no `{key}`; expected keys: {', '.join(known)}.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,7 @@ class TrainingSettings:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "TrainingSettings":
         """Build settings from a mapping; an unknown key is refused with the closest known one."""
-        known = [f.name for f in fields(cls)]
-        for key in content:
-            if key not in known:
-                raise unknown("training setting", key, known)
+        check_known("training setting", content, [f.name for f in fields(cls)])
         return cls(**content)
 
 

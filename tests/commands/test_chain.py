@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -391,3 +392,22 @@ def test_config_yaml_composes_what_was_run(steady: Path) -> None:
     stored = yaml.safe_load((steady / "config.yaml").read_text())
     assert stored.pop("command_line").startswith("fbnas run ")
     assert stored == compose("run", run_arguments(steady)[1:])
+
+
+def test_a_file_that_states_nothing_is_evaluated_with_the_datas_own_mean_and_std(
+    steady: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(steady / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    out = tmp_path / "e"
+    arguments = [
+        f"model={tmp_path / 'foreign.onnx'}",
+        "data=digits",
+        "data.limit=320",
+        f"out={out}",
+    ]
+    assert main(["evaluate", *arguments, "rounds=2"]) == 0
+    assert (
+        read(out / "result.json")["accuracy_top1"] == read(steady / "result.json")["accuracy_top1"]
+    )
