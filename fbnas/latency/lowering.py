@@ -63,6 +63,32 @@ def write_onnx(
     atomic_write(path, model.SerializeToString())
 
 
+def compile_onnx(
+    module: nn.Module,
+    input_shape: tuple[int, int, int],
+    path: Path,
+    *,
+    precision: str,
+    batch: int | None,
+    calibration: Iterable[np.ndarray],
+) -> None:
+    """Write `module` as ONNX at a precision, for the runtimes that read ONNX.
+
+    Args:
+        input_shape: (c, h, w) of one image.
+        precision: fp32, or int8: static QDQ, per channel.
+        batch: images per run; None leaves it open.
+        calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges.
+    """
+    if precision == "fp32":
+        write_onnx(module, input_shape, path, batch=batch)
+        return
+    with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
+        source = Path(folder) / "fp32.onnx"
+        write_onnx(module, input_shape, source, batch=batch)
+        quantize_onnx(source, path, calibration)
+
+
 def _trace_any_batch(module: nn.Module, input_shape: tuple[int, int, int]) -> "onnx.ModelProto":
     """Trace with fixed shapes, so that shape arithmetic folds into constants, then free the batch.
 

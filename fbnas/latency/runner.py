@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> int:
     models, repeats = [], []
     for i, name in enumerate(job["models"]):
         try:
-            model = runtime.load(job_dir / name, job["threads"])
+            model = runtime.load(job_dir / name, {"threads": job["threads"], "provider": ""})
+            shape = [max(size, 1) for size in runtime.input_shape(model)]
+            runtime.feed(model, np.random.RandomState(0).standard_normal(shape))
             repeats.append(warm_up(runtime, model))
         except ValueError as error:
             reason = " ".join(str(error).split())

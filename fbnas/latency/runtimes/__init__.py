@@ -1,14 +1,25 @@
 """The runtimes: what executes a network. One small file each, imported only when it is used.
 
 A runtime file is a module with
-    NAME, INSTALL                            its name in configs; the command that installs it
-    PRECISIONS                               the precisions it can compile to
-    SUFFIX                                   of the model files it loads
-    available() -> bool, version() -> str
+    NAME, INSTALL      its name in configs; the command that installs it
+    SUFFIX             of the model files it loads
+    PRECISIONS         the precisions it can compile to
+    PROVIDERS          what may execute within it: name -> how to get it; the first is the default
+    TOLERANCE          precision -> largest relative RMS difference from torch's output accepted
+    CONVERTER          packages that `compile` needs beyond fbnas's own; () where there are none
+    available() -> bool, version() -> str, providers() -> list[str]    providers: those found here
     compile(module, input_shape, path, *, precision, batch, calibration)   on the host: a model file
-    load(path, threads) -> model, run(model)                               on the device: runner.py
-`load` raises ValueError for what is no model of the runtime. The file imports nothing of fbnas at
-its top, because runner.py loads it by itself.
+and, on the device, where runner.py loads the file by itself,
+    load(path, settings) -> model      settings: {"threads": int, "provider": str}, "" the default
+    feed(model, images)                binds float32 (batch, c, h, w); not timed
+    run(model)                         the runtime's own work and nothing else; synchronous; timed
+    result(model) -> array             float32, the output of the last run; not timed
+    input_shape(model) -> tuple        (batch, c, h, w), -1 for a size that the file leaves open
+    run_timed(model, repeats) -> ms    optional: mean of a run, by a clock better than the host's
+`batch=None` leaves the batch open where the format can, else it is 1. `load` and `feed` raise
+ValueError, in the runtime's own words, for what they cannot take. The file imports nothing of
+fbnas at its top, and no torch outside `compile` unless torch is the runtime. A new runtime is one
+file and one line in RUNTIMES; tests/latency/test_runtimes.py then tests it.
 """
 
 import importlib
@@ -16,7 +27,11 @@ from types import ModuleType
 
 from fbnas.errors import InputError, unknown
 
-RUNTIMES = {"onnxruntime": "fbnas.latency.runtimes.ort"}
+RUNTIMES = {
+    "onnxruntime": "fbnas.latency.runtimes.ort",
+    "openvino": "fbnas.latency.runtimes.ov",
+}
+_LONG = "executionprovider"  # as in ONNX Runtime's own CPUExecutionProvider
 
 
 def runtime(name: str) -> ModuleType:
@@ -40,3 +55,21 @@ def available_runtime(name: str) -> ModuleType:
     if not module.available():
         raise InputError(f"runtime {name} is not installed here; install it: {module.INSTALL}")
     return module
+
+
+def provider_name(name: str, provider: str) -> str:
+    """Return the provider of a runtime as fbnas spells it; the runtime's default for "".
+
+    Case does not matter, and the runtime's long form (CUDAExecutionProvider) is taken too.
+
+    Raises:
+        InputError: unknown runtime or provider.
+    """
+    known = runtime(name).PROVIDERS
+    if provider == "":
+        return next(iter(known))
+    short = str(provider).casefold().removesuffix(_LONG)
+    for candidate in known:
+        if candidate.casefold() == short:
+            return candidate
+    raise unknown(f"provider of {name}", provider, known)
