@@ -30,6 +30,8 @@ from fbnas.errors import InputError, unknown
 RUNTIMES = {
     "onnxruntime": "fbnas.latency.runtimes.ort",
     "openvino": "fbnas.latency.runtimes.ov",
+    "litert": "fbnas.latency.runtimes.tflite",
+    "executorch": "fbnas.latency.runtimes.pte",
 }
 _LONG = "executionprovider"  # as in ONNX Runtime's own CPUExecutionProvider
 
