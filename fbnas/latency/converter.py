@@ -1,6 +1,6 @@
 """Converts modules in an interpreter that has a runtime's converter; fbnas need not be there.
 
-    python converter.py RUNTIME_FILE
+    python converter.py RUNTIME_FILE [PACKAGES THAT IT NEEDS]
 
 JSON lines: the first on stdout says {"missing": [packages]}. Then every line on stdin asks for a
 conversion, {"program", "input_shape", "path", "precision", "batch", "calibration"}, and is answered
@@ -22,13 +22,11 @@ def main(arguments: list[str]) -> int:
     os.dup2(2, 1)  # converters chatter on stdout, from C++ too
     here = Path(__file__).parent  # its modules would shadow others
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".") != here]
-    missing = lacking("numpy", "torch")
-    if not missing:
-        runtime = load_runtime(Path(arguments[0]))
-        missing = lacking(*runtime.CONVERTER)
+    missing = [name for name in ("numpy", "torch", *arguments[1:]) if not has(name)]
     print(json.dumps({"missing": missing}), file=answers, flush=True)
     if missing:
         return 1
+    runtime = load_runtime(Path(arguments[0]))
     for line in sys.stdin:
         answer: dict[str, str | None] = {"error": None}
         try:
@@ -39,8 +37,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def lacking(*packages: str) -> list[str]:
-    return [name for name in packages if importlib.util.find_spec(name) is None]
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def convert(runtime: ModuleType, job: dict[str, Any]) -> None:

@@ -14,10 +14,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -64,24 +64,41 @@ def convert(
     file = find_runtime(runtime)
     if precision not in file.PRECISIONS:
         raise unknown(f"precision of {runtime}", precision, file.PRECISIONS)
+    packages = needed(file, precision)
     module = copy.deepcopy(module).cpu().float().eval()
     shown = calibration if precision == "int8" else ()
-    if batch is not None or file.CONVERTER:
+    if batch is not None or packages:
         shown = pieces(shown, batch or 1)
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         made = Path(folder) / f"model{file.SUFFIX}"
-        if file.CONVERTER and (converter is not None or lacking(file)):
-            worker = _worker(runtime, file, converter)
-            job = {"precision": precision, "batch": batch, "path": str(made)}
-            _convert_there(worker, job, module, input_shape, list(shown), Path(folder))
+        job = _Job(file, module, input_shape, made, precision, batch, list(shown))
+        if packages and (converter is not None or lacking(packages)):
+            _convert_there(_worker(file, packages, converter), job)
         else:
-            _convert_here(file, module, input_shape, made, precision, batch, list(shown))
+            _convert_here(job)
         atomic_write(path, made.read_bytes())
 
 
-def lacking(file: ModuleType) -> list[str]:
-    """The packages that this interpreter lacks to convert for a runtime."""
-    return [name for name in file.CONVERTER if importlib.util.find_spec(name) is None]
+@dataclass(frozen=True)
+class _Job:
+    file: ModuleType
+    module: nn.Module
+    input_shape: tuple[int, int, int]
+    path: Path
+    precision: str
+    batch: int | None
+    calibration: list[np.ndarray]
+
+
+def needed(file: ModuleType, precision: str) -> tuple[str, ...]:
+    """The packages that a runtime's conversion needs beyond those of fbnas."""
+    of_int8: tuple[str, ...] = getattr(file, "CONVERTER_INT8", file.CONVERTER)
+    return of_int8 if precision == "int8" else tuple(file.CONVERTER)
+
+
+def lacking(packages: Iterable[str]) -> list[str]:
+    """Those of the packages that are not installed here."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def pieces(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -91,45 +108,39 @@ def pieces(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             yield np.resize(array[start : start + size], (size, *array.shape[1:]))
 
 
-def _convert_here(
-    file: ModuleType,
-    module: nn.Module,
-    input_shape: tuple[int, int, int],
-    path: Path,
-    precision: str,
-    batch: int | None,
-    calibration: list[np.ndarray],
-) -> None:
+def _convert_here(job: _Job) -> None:
     try:
-        file.compile(
-            module, input_shape, path, precision=precision, batch=batch, calibration=calibration
+        job.file.compile(
+            job.module,
+            job.input_shape,
+            job.path,
+            precision=job.precision,
+            batch=job.batch,
+            calibration=job.calibration,
         )
     except InputError as error:
         raise ConversionError(str(error)) from error
-    except Exception as error:
-        if not file.CONVERTER:
-            raise
-        raise _refused(module, file.NAME, f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # converters raise whatever they like
+        raise _refused(job.module, job.file.NAME, f"{type(error).__name__}: {error}") from error
 
 
-def _convert_there(
-    worker: "_Worker",
-    job: dict[str, Any],
-    module: nn.Module,
-    input_shape: tuple[int, int, int],
-    calibration: list[np.ndarray],
-    folder: Path,
-) -> None:
-    save_program(module, (job["batch"] or 1, *input_shape), folder / "program.pt2")
-    np.savez(folder / "calibration.npz", *calibration)
-    job |= {
-        "program": str(folder / "program.pt2"),
-        "calibration": str(folder / "calibration.npz"),
-        "input_shape": input_shape,
-    }
-    error = worker.ask(job)
+def _convert_there(worker: "_Worker", job: _Job) -> None:
+    program = job.path.with_name("program.pt2")
+    calibration = job.path.with_name("calibration.npz")
+    save_program(job.module, (job.batch or 1, *job.input_shape), program)
+    np.savez(calibration, *job.calibration)
+    error = worker.ask(
+        {
+            "program": str(program),
+            "input_shape": job.input_shape,
+            "path": str(job.path),
+            "precision": job.precision,
+            "batch": job.batch,
+            "calibration": str(calibration),
+        }
+    )
     if error is not None:
-        raise _refused(module, worker.runtime, error)
+        raise _refused(job.module, job.file.NAME, error)
 
 
 def save_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
@@ -162,13 +173,12 @@ class _Worker:
         InputError: the interpreter cannot be started or lacks packages.
     """
 
-    def __init__(self, runtime: str, file: ModuleType, python: str) -> None:
-        self.runtime = runtime
+    def __init__(self, python: str, file: ModuleType, packages: Sequence[str]) -> None:
         self.python = python
-        self.errors: IO[bytes] = tempfile.TemporaryFile()
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         # In a session of its own it does not see Ctrl-C; it ends when its stdin closes.
         self.process = subprocess.Popen(
-            [python, str(SCRIPT), str(file.__file__)],
+            [python, str(SCRIPT), str(file.__file__), *packages],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -179,14 +189,14 @@ class _Worker:
         first = self._answer()
         if first is None:
             raise InputError(
-                f"{python} does not work as a converter: {self._last_words()}; expected a python "
-                f"with {', '.join(file.CONVERTER)}"
+                f"the converter {python} {self._last_words()}; expected a python that has "
+                f"{', '.join(packages)}"
             )
         if first["missing"]:
             self.close()
             raise InputError(
-                f"{python} lacks {', '.join(first['missing'])}, to convert for {runtime}; "
-                f"install there: {python} -m pip install {_pip_names(('torch', *file.CONVERTER))}"
+                f"the converter {python} lacks {', '.join(first['missing'])}, which {file.NAME} "
+                f"needs; install there: {python} -m pip install {_pip_names(first['missing'])}"
             )
 
     def ask(self, job: dict[str, Any]) -> str | None:
@@ -203,8 +213,7 @@ class _Worker:
             self.close()
             raise
         if answer is None:
-            words = self._last_words()
-            return f"the converter {self.python} {words}"
+            return f"the converter {self.python} {self._last_words()}"
         if answer["error"] is None:
             return None
         return f"{answer['kind']}: {answer['error']}"
@@ -234,25 +243,30 @@ class _Worker:
         return f"ended ({how}): {said}"
 
 
-_workers: dict[tuple[str, str], _Worker] = {}
+_workers: dict[tuple[str, ...], _Worker] = {}
 
 
-def _worker(runtime: str, file: ModuleType, converter: str | None) -> _Worker:
+def _worker(file: ModuleType, packages: Sequence[str], converter: str | None) -> _Worker:
+    """The open worker of an interpreter for a runtime, or a new one.
+
+    Raises:
+        InputError: no interpreter is given, there is no such program, or it lacks packages.
+    """
     if converter is None:
         raise InputError(
-            f"no converter for {runtime} here: {', '.join(lacking(file))} missing; give "
-            "device.converter=PATH of a python that has it (in an environment of its own: "
-            f"pip install torch {_pip_names(file.CONVERTER)}), or install it here"
+            f"{file.NAME} cannot be converted for here: {', '.join(lacking(packages))} missing; "
+            f"install it (pip install {_pip_names(packages)}), or give device.converter=PATH of "
+            "the python of another environment that has it and torch"
         )
-    python = shutil.which(os.path.expanduser(converter))
+    python = shutil.which(Path(converter).expanduser())
     if python is None:
         raise InputError(
-            f"device.converter={converter}: no such program; expected a python that has "
-            f"{', '.join(file.CONVERTER)}"
+            f"device.converter is {converter}, which is no program; expected a python that has "
+            f"{', '.join(packages)}"
         )
-    key = (python, runtime)
+    key = (python, file.NAME, *packages)
     if key not in _workers or not _workers[key].alive():
-        _workers[key] = _Worker(runtime, file, python)
+        _workers[key] = _Worker(python, file, packages)
     return _workers[key]
 
 

@@ -7,6 +7,7 @@ A runtime file is a module with
     PROVIDERS          what may execute within it: name -> how to get it; the first is the default
     TOLERANCE          precision -> largest relative RMS difference from torch's output accepted
     CONVERTER          packages that `compile` needs beyond fbnas's own; () where there are none
+    CONVERTER_INT8     optional: the same for int8, where it differs
     available() -> bool, version() -> str, providers() -> list[str]    providers: those found here
     compile(module, input_shape, path, *, precision, batch, calibration)   on the host: a model file
 and, on the device, where runner.py loads the file by itself,
@@ -32,6 +33,7 @@ RUNTIMES = {
     "openvino": "fbnas.latency.runtimes.ov",
     "litert": "fbnas.latency.runtimes.tflite",
     "executorch": "fbnas.latency.runtimes.pte",
+    "pytorch": "fbnas.latency.runtimes.torch_rt",
 }
 _LONG = "executionprovider"  # as in ONNX Runtime's own CPUExecutionProvider
 
