@@ -1,13 +1,15 @@
-"""How well do totals alone rank networks? Every device of a file of measured networks, several splits.
+"""How well do totals alone rank networks? Each device of a file of measured networks, some splits.
 
     python scripts/totals/measure.py ../shared/data/whole_network_latency/fbnet_cifar.csv.gz out/
 
 Per device, number of networks and split: Spearman on 1,000 held-out networks of the estimate with
-the prior (multiply-adds), without it, of plain ridge regression (strength 1), of multiply-adds alone, and
-of the estimate from suggested instead of random networks and from 4,000. Writes result.csv and result.md.
+the prior (multiply-adds), without it, of plain ridge regression (strength 1), of multiply-adds
+alone, and of the estimate from suggested instead of random networks, and from 4,000. Writes
+result.csv and result.md.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import spearmanr
 
-from fbnas.latency.effects import entries_of, prior_order
+from fbnas.latency.effects import Entries, entries_of, prior_order
 from fbnas.latency.measurements import read_measurements
 from fbnas.latency.suggestion import suggest
 from fbnas.latency.totals import estimate
@@ -25,6 +27,18 @@ from fbnas.space import SearchSpace
 COUNTS = (30, 100, 200)
 HELD_OUT = 1000
 NORMAL_95 = 1.96
+HEADINGS = (
+    "device",
+    "suggested",
+    "that against 4,000",
+    "random",
+    "without prior",
+    "plain ridge",
+    "multiply-adds alone",
+    "random against the better of the last two",
+    "mean error",
+    "in the 95 % interval",
+)
 
 
 def main() -> None:
@@ -62,22 +76,12 @@ def one_split(file: Path, space: SearchSpace, columns: list[str], split: int) ->
     for column in columns:
         latency_ms = read_measurements(file, space, column).latency_ms
         truth_ms = latency_ms[held_out]
-
-        def score(seen: np.ndarray, prior: str = "macs") -> tuple[float, float, float]:
-            found = estimate(entries, first.paths[seen], latency_ms[seen], prior=prior)
-            mean, spread = found.predict(first.paths[held_out])
-            width = NORMAL_95 * np.hypot(spread, found.noise_ms)
-            return (
-                spearman(mean, truth_ms),
-                float(np.mean(np.abs(mean / truth_ms - 1))),
-                float(np.mean(np.abs(mean - truth_ms) < width)),
-            )
-
-        everything = score(pool)
+        judge = Judge(entries, first.paths, latency_ms, held_out)
+        everything = judge.score(pool)
         for count in COUNTS:
             seen = pool[:count]
-            random, left_out, covered = score(seen)
-            from_suggested = score(suggested[:count])
+            random, left_out, covered = judge.score(seen)
+            from_suggested = judge.score(suggested[:count])
             rows.append(
                 {
                     "split": split,
@@ -87,7 +91,7 @@ def one_split(file: Path, space: SearchSpace, columns: list[str], split: int) ->
                     "error": left_out,
                     "covered": covered,
                     "suggested": from_suggested[0],
-                    "without_prior": score(seen, "none")[0],
+                    "without_prior": judge.score(seen, "none")[0],
                     "ridge": spearman(
                         ridge(counts[seen], latency_ms[seen], counts[held_out]), truth_ms
                     ),
@@ -96,6 +100,25 @@ def one_split(file: Path, space: SearchSpace, columns: list[str], split: int) ->
                 }
             )
     return rows
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Fits on some of a device's networks and looks at the held-out ones."""
+
+    entries: Entries
+    paths: np.ndarray
+    latency_ms: np.ndarray
+    held_out: np.ndarray
+
+    def score(self, seen: np.ndarray, prior: str = "macs") -> tuple[float, float, float]:
+        """Return Spearman, mean error, and how many totals lie in their 95 % interval."""
+        found = estimate(self.entries, self.paths[seen], self.latency_ms[seen], prior=prior)
+        mean, spread = found.predict(self.paths[self.held_out])
+        width = NORMAL_95 * np.hypot(spread, found.noise_ms)
+        truth_ms = self.latency_ms[self.held_out]
+        error = float(np.mean(np.abs(mean / truth_ms - 1)))
+        return spearman(mean, truth_ms), error, float(np.mean(np.abs(mean - truth_ms) < width))
 
 
 def ridge(seen: np.ndarray, latency_ms: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -120,19 +143,24 @@ def words(frame: pd.DataFrame) -> str:
     for count, part in frame.groupby("networks"):
         means = part.groupby("device", sort=False).mean(numeric_only=True)
         worst = part.groupby("device", sort=False)[["suggested", "margin", "gap"]].min()
+        splits = part["split"].nunique()
         lines += [
-            f"## From {count} networks (means of {part['split'].nunique()} splits; worst split in brackets)",
+            f"## From {count} networks (means of {splits} splits; worst split in brackets)",
             "",
-            "| device | suggested | to 4,000 | random | without prior | plain ridge | multiply-adds alone "
-            "| margin over the better of the last two | mean error | in the 95 % interval |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| {' | '.join(HEADINGS)} |",
+            "|---" * len(HEADINGS) + "|",
         ]
-        lines += [
-            f"| {device} | {m.suggested:.3f} ({w.suggested:.3f}) | {m.gap:+.3f} ({w.gap:+.3f}) | {m.random:.3f} "
-            f"| {m.without_prior:.3f} | {m.ridge:.3f} | {m.macs_alone:.3f} | {m.margin:+.3f} ({w.margin:+.3f}) "
-            f"| {100 * m.error:.1f} % | {100 * m.covered:.0f} % |"
-            for (device, m), (_, w) in zip(means.iterrows(), worst.iterrows(), strict=True)
-        ]
+        for (device, m), (_, w) in zip(means.iterrows(), worst.iterrows(), strict=True):
+            cells = [
+                str(device),
+                f"{m.suggested:.3f} ({w.suggested:.3f})",
+                f"{m.gap:+.3f} ({w.gap:+.3f})",
+                *(f"{m[name]:.3f}" for name in ("random", "without_prior", "ridge", "macs_alone")),
+                f"{m.margin:+.3f} ({w.margin:+.3f})",
+                f"{100 * m.error:.1f} %",
+                f"{100 * m.covered:.0f} %",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
         gain = means["random"].mean() - means[["without_prior", "ridge"]].mean().max()
         lines += ["", f"The prior raises the mean Spearman over devices by {gain:.3f}.", ""]
     return "\n".join(lines)
