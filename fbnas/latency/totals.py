@@ -30,7 +30,6 @@ DESIGN_BELIEF = -3.0  # of a group, where networks are to be chosen that would s
 BASE_STRENGTH = 10.0  # of the totals' variance: the base is as good as free
 FREEDOM = 4.0  # of Student's t
 REWEIGHTINGS = 3
-PLAINLY_BETTER = 0.9  # left-out error at which a prior is left aside
 LOG_BOUNDS = (-14.0, 4.0)
 NORMAL_95 = 1.96
 
@@ -42,7 +41,7 @@ class Estimate:
     entry_ms: (entries,), 0 for identities; base_ms: what every network pays; covariance:
     (entries + 1, entries + 1) in ms^2, the base last; noise_ms: standard deviation of one total;
     left_out_ms: (networks,), each network predicted from all others; samples: (entries,), how many
-    networks use the entry; prior_used: False where the prior was left aside.
+    networks use the entry.
     """
 
     entries: Entries
@@ -52,7 +51,6 @@ class Estimate:
     noise_ms: float
     left_out_ms: np.ndarray
     samples: np.ndarray
-    prior_used: bool
 
     def predict(self, paths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation in ms of the totals of `paths` (networks, layers).
@@ -75,9 +73,6 @@ def estimate(
 ) -> Estimate:
     """Estimate every entry from the totals of whole networks.
 
-    Where entries without a prior predict left-out networks better by a tenth, the prior is wrong
-    about this device and left aside: `Estimate.prior_used` says so.
-
     Args:
         paths: (networks, layers), a block index per layer.
         latency_ms: (networks,), the measured totals.
@@ -91,17 +86,6 @@ def estimate(
             f"{len(paths)} measured networks; expected at least {LEAST_NETWORKS} to fit a table: "
             "measure more (suggest=N names those worth it)"
         )
-    found = _estimate(entries, paths, latency_ms, prior)
-    if isinstance(prior, str) and prior == "none":
-        return found
-    plain = _estimate(entries, paths, latency_ms, "none")
-    errors = [np.abs(e.left_out_ms - latency_ms).mean() for e in (found, plain)]
-    return plain if errors[1] < PLAINLY_BETTER * errors[0] else found
-
-
-def _estimate(
-    entries: Entries, paths: np.ndarray, latency_ms: np.ndarray, prior: Prior
-) -> Estimate:
     centre_ms, scale_ms = _centre_and_scale(latency_ms)
     groups = effects(entries, prior)
     size = len(entries.shapes)
@@ -127,7 +111,6 @@ def _estimate(
         noise_ms * wider,
         left_out_ms,
         (counts > 0).sum(axis=0),
-        prior != "none",
     )
 
 
