@@ -187,9 +187,7 @@ def _as_estimate(space: SearchSpace, truth: tuple[np.ndarray, float]) -> Estimat
     entries = entries_of(space)
     size = len(entries.shapes)
     samples = np.ones(size, dtype=int)
-    return Estimate(
-        entries, truth[0], truth[1], np.eye(size + 1) * 1e-4, 0.1, np.ones(3), samples, True
-    )
+    return Estimate(entries, truth[0], truth[1], np.eye(size + 1) * 1e-4, 0.1, np.ones(3), samples)
 
 
 def test_the_table_predicts_what_the_estimate_predicts(
