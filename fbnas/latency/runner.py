@@ -248,7 +248,8 @@ def measure(
 ) -> None:
     """Adds the rounds that `done` does not hold yet; `finished` is told of each."""
     rounds, models = job["rounds"], loaded.models
-    until = time.monotonic() + (job.get("seconds") or EXTRA_SECONDS)
+    seconds = job.get("seconds")
+    until = time.monotonic() + (EXTRA_SECONDS if seconds is None else seconds)
     gc.collect()
     gc.disable()  # a collection in mid-visit would be billed to one model
     for index in range(len(done), rounds + EXTRA_ROUNDS * rounds):
@@ -291,13 +292,14 @@ def warm_up(runtime: ModuleType, model: Any, runs: int) -> int:
 
 
 def probe() -> float:
-    """Ms of a fixed piece of work, half of it in the caches, half in memory: some 2 ms on x86."""
+    """Ms of a fixed piece of work, most of it in the caches, some in memory: 3 ms on x86,
+    which is as long as a scheduler lets one process run while others wait."""
     small, large = _probe_arrays()
     start = time.perf_counter_ns()
-    for _ in range(500):
+    for _ in range(2000):
         np.multiply(small, 0.5, out=small)
         np.add(small, 0.5, out=small)
-    for _ in range(2):
+    for _ in range(4):
         np.multiply(large, 0.5, out=large)
         np.add(large, 0.5, out=large)
     return (time.perf_counter_ns() - start) / 1e6
@@ -328,14 +330,14 @@ def is_wide(times_ms: np.ndarray) -> bool:
     return bool(max(high - low, abs(early - late)) > WIDE * value)
 
 
-def interval(times_ms: np.ndarray) -> tuple[float, float, float]:
+def interval(times_ms: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """The 10th percentile of the times and its bootstrapped 95 % interval.
 
     A resample's quantile lies between two of the sorted times: which two depends on their number
     alone, so they are drawn once per number.
     """
     ordered = np.sort(times_ms)
-    below, above, weight = _resampled_ranks(len(ordered))
+    below, above, weight = _resampled_ranks(len(ordered), seed)
     found = np.sort(ordered[below] * (1 - weight) + ordered[above] * weight)
     value = float(np.quantile(ordered, LOW_QUANTILE))
     low, high = found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
@@ -343,8 +345,8 @@ def interval(times_ms: np.ndarray) -> tuple[float, float, float]:
 
 
 @functools.lru_cache(maxsize=1000)
-def _resampled_ranks(count: int) -> tuple[np.ndarray, np.ndarray, float]:
-    ranks = np.sort(np.random.RandomState(0).randint(0, count, (RESAMPLES, count)), axis=1)
+def _resampled_ranks(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    ranks = np.sort(np.random.RandomState(seed).randint(0, count, (RESAMPLES, count)), axis=1)
     position = LOW_QUANTILE * (count - 1)
     below = int(position)
     return ranks[:, below], ranks[:, min(below + 1, count - 1)], position - below

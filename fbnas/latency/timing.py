@@ -6,13 +6,12 @@ disturbances only ever add time. Retesting 24 networks: 2.3 % off with 30 runs i
 median, 1.3 % off so (2-core x86).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-LOW_QUANTILE = 0.10
-RESAMPLES = 200
-INTERVAL = (2.5, 97.5)  # percentiles of the resampled values: a 95 % interval
+from fbnas.latency.runner import LOW_QUANTILE, interval, is_wide  # the device uses them too
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ def summarize(samples_ms: np.ndarray, *, seed: int = 0) -> Timing:
 
     Args:
         samples_ms: (rounds,), nan where a round did not visit the model.
+        seed: of the resamples.
 
     Raises:
         ValueError: not a single time.
@@ -52,37 +52,63 @@ def summarize(samples_ms: np.ndarray, *, seed: int = 0) -> Timing:
     times = samples_ms[~np.isnan(samples_ms)]
     if times.size == 0:
         raise ValueError("a timing needs at least one sample; got none")
-    value = float(np.quantile(times, LOW_QUANTILE))
-    picks = np.random.default_rng(seed).integers(0, times.size, (RESAMPLES, times.size))
-    low, high = np.percentile(np.quantile(times[picks], LOW_QUANTILE, axis=1), INTERVAL)
-    return Timing(value, min(float(low), value), max(float(high), value), int(times.size))
+    value, low, high = interval(times, seed)
+    return Timing(value, low, high, int(times.size))
 
 
 def noise_floor(samples_ms: np.ndarray) -> float:
     """Return test against retest, a fraction: how much a latency differs between two halves.
 
-    |a - b| / ((a + b) / 2) with a, b the 10th percentiles of the two halves of the rounds, median
-    over the models. Two ways of halving, odd against even rounds (noise) and early against late
-    ones (drift); the larger answer counts.
+    |a - b| / ((a + b) / 2) with a, b the 10th percentiles of the two halves of a model's visits,
+    median over the models. Two ways of halving, odd against even visits (noise) and early against
+    late ones (drift); the larger answer counts.
 
     Args:
-        samples_ms: (rounds, models), nan where a round did not visit the model.
+        samples_ms: (rounds, models), nan where a round did not visit the model. Models that were
+            never visited do not count.
 
     Raises:
         ValueError: less than 2 rounds.
     """
-    samples_ms = samples_ms[~np.isnan(samples_ms).any(axis=1)]  # later ones visit the unstable only
-    rounds = samples_ms.shape[0]
+    columns = _visits(samples_ms)
+    rounds = min((column.size for column in columns), default=0)
     if rounds < 2:
         raise ValueError(f"a noise floor needs at least 2 rounds; got {rounds}")
-    halvings = (
-        (samples_ms[0::2], samples_ms[1::2]),
-        (samples_ms[: rounds // 2], samples_ms[rounds // 2 :]),
-    )
-    return max(float(np.median(_differences(test, retest))) for test, retest in halvings)
+    alternating = [_difference(times[0::2], times[1::2]) for times in columns]
+    in_turn = [_difference(*np.array_split(times, 2)) for times in columns]
+    return max(float(np.median(alternating)), float(np.median(in_turn)))
 
 
-def _differences(test: np.ndarray, retest: np.ndarray) -> np.ndarray:
-    a = np.quantile(test, LOW_QUANTILE, axis=0)
-    b = np.quantile(retest, LOW_QUANTILE, axis=0)
-    return np.abs(a - b) / ((a + b) / 2)
+def unstable(samples_ms: np.ndarray) -> int:
+    """Return how many models are still wide: their interval, or early against late, exceeds 3 %.
+
+    Args:
+        samples_ms: (rounds, models), as for `noise_floor`.
+    """
+    return sum(is_wide(times) for times in _visits(samples_ms))
+
+
+def drift(probe_ms: Sequence[float]) -> float:
+    """Return how far the machine's own speed moved, a fraction.
+
+    (p90 - p10) / p10 of the times that one fixed piece of work took before each round: 0.04 on a
+    quiet 2-core x86, 0.1 where the processor became 10 % slower half way, above 1 where other
+    processes wait for its cores.
+
+    Raises:
+        ValueError: no times.
+    """
+    if len(probe_ms) == 0:
+        raise ValueError("a drift needs at least one time of the probe; got none")
+    low, high = np.quantile(np.asarray(probe_ms, dtype=float), (LOW_QUANTILE, 1 - LOW_QUANTILE))
+    return float((high - low) / low)
+
+
+def _visits(samples_ms: np.ndarray) -> list[np.ndarray]:
+    columns = [column[~np.isnan(column)] for column in samples_ms.T]
+    return [column for column in columns if column.size]
+
+
+def _difference(test: np.ndarray, retest: np.ndarray) -> float:
+    a, b = np.quantile(test, LOW_QUANTILE), np.quantile(retest, LOW_QUANTILE)
+    return float(abs(a - b) / ((a + b) / 2))
