@@ -98,7 +98,7 @@ def load(path: Path, settings: Mapping[str, Any]) -> Any:
         model = _Model(source, provider, int(settings.get("threads", 1)))
         _compile_for(model, tuple(max(size, 1) for size in model.open_shape))
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_words(error)) from error
     return model
 
 
@@ -136,14 +136,14 @@ def feed(model: Any, images: np.ndarray) -> None:
         images = np.ascontiguousarray(images, dtype=np.float32)
         model.request.set_input_tensor(openvino.Tensor(images.copy()))
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_words(error)) from error
 
 
 def run(model: Any) -> None:
     try:
         model.request.infer(share_outputs=True)
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_words(error)) from error
 
 
 def result(model: Any) -> np.ndarray:
@@ -152,6 +152,13 @@ def result(model: Any) -> np.ndarray:
 
 def input_shape(model: Any) -> tuple[int, ...]:
     return model.open_shape
+
+
+def _words(error: Exception) -> str:
+    """What OpenVINO says, without the places in its own sources."""
+    places = ("Exception from src/", "Check '")
+    lines = [line for line in str(error).splitlines() if not line.startswith(places)]
+    return " ".join(" ".join(lines).split()) or str(error)
 
 
 _shared: list[Any] = []

@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,13 +134,15 @@ def load(path: Path, settings: Mapping[str, Any]) -> Any:
         way = f"; it needs {PROVIDERS[provider]}" if provider in PROVIDERS else ""
         raise ValueError(f"PyTorch has no {provider} here, only {', '.join(providers())}{way}")
     torch.set_num_threads(int(settings.get("threads", 1)))
+    if not zipfile.is_zipfile(path):  # torch would log its traces before it raises
+        raise ValueError(f"{path} is no program of torch.export")
     with contextlib.suppress(ImportError):  # registers the operators of int8 programs
         importlib.import_module("torch.ao.quantization.fx._decomposed")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
-    except Exception as error:  # zip, JSON, unpickling and torch's own errors
+    except Exception as error:  # JSON, unpickling and torch's own errors
         raise ValueError(f"no program of torch.export: {error}") from error
     quantized = any("quantized_decomposed" in str(node.target) for node in program.graph.nodes)
     if quantized and provider != "compiled":
