@@ -1,11 +1,11 @@
 """LatencyTable: what every block costs on one device, as a CSV file that a person can read.
 
 A row per block and shape; `stem`, `head`, `classifier` and `overhead` (what a run costs that does
-nothing) are rows too. The header says where the numbers come from. Torch is imported only by
-`tensor`, so that the report reads tables without it.
+nothing) are rows too. The header says where the numbers come from. Torch is imported only
+where tensors are made, so that the report reads tables without it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -159,18 +159,77 @@ class LatencyTable:
         Raises:
             InputError: a shape that the table does not hold.
         """
+        latency_ms = self._filled(space, self._added_ms)
+        fixed = self._fixed(space, classes)
+        base_ms = self.overhead_ms + sum(self._added_ms(entry) for entry in fixed)
+        scale, correction_base_ms = self.correction
+        return latency_ms * scale, base_ms * scale + correction_base_ms
+
+    def energy(self, space: "SearchSpace", *, classes: int | None = None) -> tuple["Tensor", float]:
+        """Return what E(a) = base + sum over layers of energy[layer, block] needs, like `tensor`.
+
+        The energy of the overhead row plays no part: a block's own energy holds no run's share.
+
+        Returns:
+            Energy of one run in mJ, (layers, blocks) float64, nan where a block is not offered;
+            base in mJ: stem, head and classifier.
+
+        Raises:
+            InputError: a shape, or the energy of one, that the table does not hold.
+        """
+        energy_mj = self._filled(space, self._energy_mj)
+        return energy_mj, sum(self._energy_mj(entry) for entry in self._fixed(space, classes))
+
+    def peak(self, space: "SearchSpace", *, classes: int | None = None) -> tuple["Tensor", float]:
+        """Return what the peak memory of a network, max(base, peak[layer, block] ...), needs.
+
+        Returns:
+            Peak memory in MB (1e6 bytes), (layers, blocks) float64, nan where a block is not
+            offered; base in MB: the most of stem, head and classifier.
+
+        Raises:
+            InputError: a shape, or the peak memory of one, that the table does not hold.
+        """
+        peak_mb = self._filled(space, self._peak_mb)
+        return peak_mb, max(self._peak_mb(entry) for entry in self._fixed(space, classes))
+
+    def holds(self, column: str) -> bool:
+        """Whether any row has a value in `column`: energy_mj or peak_mb."""
+        return any(getattr(entry, column) is not None for entry in self.entries)
+
+    def _filled(self, space: "SearchSpace", cost: Callable[[Entry], float]) -> "Tensor":
+        """(layers, blocks) float64 of what `cost` says of each row, nan where not offered."""
         import torch
 
-        latency_ms = torch.full((len(space.layers), len(space.blocks)), torch.nan).double()
+        values = torch.full((len(space.layers), len(space.blocks)), torch.nan).double()
         for layer in space.layers:
             shape = (layer.in_channels, layer.out_channels, layer.stride, layer.height, layer.width)
             for block in layer.blocks:
                 entry = self.lookup(block, *shape, space=space.name)
-                latency_ms[layer.index, space.blocks.index(block)] = self._added_ms(entry)
-        fixed = (self._stem(space), self._head(space), self._classifier(space, classes))
-        base_ms = self.overhead_ms + sum(self._added_ms(entry) for entry in fixed)
-        scale, correction_base_ms = self.correction
-        return latency_ms * scale, base_ms * scale + correction_base_ms
+                values[layer.index, space.blocks.index(block)] = cost(entry)
+        return values
+
+    def _fixed(self, space: "SearchSpace", classes: int | None) -> tuple[Entry, ...]:
+        """The rows that every network has."""
+        return self._stem(space), self._head(space), self._classifier(space, classes)
+
+    def _energy_mj(self, entry: Entry) -> float:
+        return self._known(entry, "energy_mj", "profile with device=roofline, which computes it")
+
+    def _peak_mb(self, entry: Entry) -> float:
+        return self._known(entry, "peak_mb", "profile again with this fbnas, which computes it")
+
+    def _known(self, entry: Entry, column: str, way_out: str) -> float:
+        value: float | None = getattr(entry, column)
+        if value is None and entry.samples == 0:  # an identity does nothing and holds nothing
+            return 0.0
+        if value is None:
+            what = f"{column} of {entry.shape}" if self.holds(column) else f"column {column}"
+            raise InputError(
+                f"{self.name} has no {what}; expected it for the budget that was asked for: "
+                f"{way_out}."
+            )
+        return value
 
     @property
     def overhead_ms(self) -> float:

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,9 +30,11 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: a shape's latency and the interval that encloses it, in ms.
+    """One row: a shape's latency and the interval that encloses it, in ms; energy, peak memory.
 
-    `samples` 0 says that there was nothing to measure: an identity.
+    `samples` 0 says that there was nothing to measure: an identity. `energy_mj` is that of one run
+    in millijoules, `peak_mb` the most memory that it holds at once in MB (1e6 bytes); None where
+    the table does not know.
     """
 
     shape: Shape
@@ -40,10 +42,13 @@ class Entry:
     low_ms: float
     high_ms: float
     samples: int
+    energy_mj: float | None = None
+    peak_mb: float | None = None
 
 
 MEASURED = ("latency_ms", "low_ms", "high_ms", "samples")
 COLUMNS = (*Shape._fields, *MEASURED)
+OPTIONAL = ("energy_mj", "peak_mb")  # after the others, in this order; a file may have either
 
 
 def _is_count(text: str) -> bool:
@@ -99,16 +104,19 @@ def _number(text: str) -> float | None:
 
 
 def render(header: Mapping[str, str], entries: Iterable[Entry]) -> str:
-    """Return the text that `parse` reads back."""
-    rows = [(*entry.shape, *astuple(entry)[1:]) for entry in entries]
+    """Return the text that `parse` reads back; an optional column only where a row has it."""
+    held = list(entries)
+    known = [name for name in OPTIONAL if any(getattr(e, name) is not None for e in held)]
+    columns = (*COLUMNS, *known)
+    rows = [(*e.shape, *(getattr(e, name) for name in (*MEASURED, *known))) for e in held]
     kept = {key: value for key, value in header.items() if key not in ("format", "rows")}
     lines = []
     for key, value in {"format": FORMAT, **kept, "rows": str(len(rows))}.items():
         if "\n" in value or "\r" in value or ":" in key:
             raise ValueError(f"header {key!r}: {value!r} does not fit on one `# key: value` line")
         lines.append(f"# {key}: {value}")
-    lines.append(",".join(COLUMNS))
-    lines += [",".join(str(value) for value in row) for row in rows]
+    lines.append(",".join(columns))
+    lines += [",".join("" if value is None else str(value) for value in row) for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -138,15 +146,13 @@ def parse(path: Path, text: str) -> tuple[dict[str, str], list[Entry]]:
     lines = text.splitlines()
     header, header_lines = _parse_header(path, lines)
     start = len(header_lines)
-    if start >= len(lines) or tuple(lines[start].split(",")) != COLUMNS:
-        found = repr(lines[start]) if start < len(lines) else "the end of the file"
-        _damaged(path, start + 1, f"found {found}", f"the columns {','.join(COLUMNS)}")
+    columns = _parse_columns(path, start + 1, lines[start] if start < len(lines) else None)
     entries: list[Entry] = []
     seen: dict[Shape, int] = {}
     for number, line in enumerate(lines[start + 1 :], start=start + 2):
         if number == len(lines) and not text.endswith("\n"):
             _damaged(path, number, f"the file is cut off at {line!r}", "a whole last line")
-        entry = _parse_row(path, number, line)
+        entry = _parse_row(path, number, line, columns)
         if entry.shape in seen:
             _damaged(
                 path,
@@ -197,29 +203,48 @@ def _parse_header(path: Path, lines: list[str]) -> tuple[dict[str, str], dict[st
     return header, numbers
 
 
-def _parse_row(path: Path, number: int, line: str) -> Entry:
+def _parse_columns(path: Path, number: int, line: str | None) -> tuple[str, ...]:
+    columns = tuple(line.split(",")) if line is not None else ()
+    if columns != (*COLUMNS, *(name for name in OPTIONAL if name in columns)):
+        found = "the end of the file" if line is None else repr(line)
+        expected = f"the columns {','.join(COLUMNS)}, then {' and '.join(OPTIONAL)} or neither"
+        _damaged(path, number, f"found {found}", expected)
+    return columns
+
+
+def _parse_row(path: Path, number: int, line: str, columns: tuple[str, ...]) -> Entry:
     values = next(csv.reader([line]), [])
-    if len(values) != len(COLUMNS):
-        _damaged(path, number, f"found {len(values)} fields in {line!r}", f"{len(COLUMNS)} fields")
-    row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+    if len(values) != len(columns):
+        _damaged(path, number, f"found {len(values)} fields in {line!r}", f"{len(columns)} fields")
+    row: dict[str, Any] = dict(zip(columns, values, strict=True))
     for column, text in row.items():
-        if column == "block":
-            good, expected = bool(text.strip()), "a block's name"
-        elif column.endswith("_ms"):
-            good, expected = _is_fraction(text), "a number of ms, not negative"
-        elif column == "samples":
-            good, expected = text.isascii() and text.isdigit(), "a whole number from 0"
-        else:
-            good, expected = _is_count(text), "a whole number from 1"
+        good, expected = _judged(column, text)
         if not good:
             _damaged(path, number, f"{column} is {text!r}", expected)
-        row[column] = text if column == "block" else (float if "_ms" in column else int)(text)
-    measured = {column: row.pop(column) for column in MEASURED}
+        if column in OPTIONAL:
+            row[column] = float(text) if text else None
+        elif column != "block":
+            row[column] = (float if column.endswith("_ms") else int)(text)
+    measured = {column: row.pop(column) for column in columns[len(Shape._fields) :]}
     entry = Entry(Shape(**row), **measured)
     if not entry.low_ms <= entry.latency_ms <= entry.high_ms:
         between = f"a value from low_ms ({entry.low_ms}) to high_ms ({entry.high_ms})"
         _damaged(path, number, f"latency_ms is {entry.latency_ms}", between)
     return entry
+
+
+def _judged(column: str, text: str) -> tuple[bool, str]:
+    """Say whether a field is good, and what its column takes."""
+    if column == "block":
+        return bool(text.strip()), "a block's name"
+    if column.endswith("_ms"):
+        return _is_fraction(text), "a number of ms, not negative"
+    if column in OPTIONAL:
+        unit = "mJ" if column == "energy_mj" else "MB"
+        return not text or _is_fraction(text), f"a number of {unit}, not negative, or nothing"
+    if column == "samples":
+        return text.isascii() and text.isdigit(), "a whole number from 0"
+    return _is_count(text), "a whole number from 1"
 
 
 def _damaged(path: Path, line: int, found: str, expected: str) -> NoReturn:
