@@ -160,6 +160,34 @@ def count(network: nn.Module, input_shape: tuple[int, int, int]) -> Count:
     return Count(params, macs)
 
 
+def block_params(space: SearchSpace, classes: int = 1000) -> tuple[Tensor, int]:
+    """Return the parameters of every block: those of a network are base + their sum over layers.
+
+    They are counted by the rule of `count`, with the space's own head.
+
+    Returns:
+        (layers, blocks) float64, nan where a block is not offered; base: stem, head and classifier.
+    """
+    found: dict[tuple[str, int, int, int], int] = {}
+    params = torch.full((len(space.layers), len(space.blocks)), torch.nan).double()
+    with torch.device("meta"):
+        base = _params(build_stem(space), space.input_channels, space.resolution)
+        base += _params(build_head(space), space.final_channels, space.final_size)
+        base += _params(build_classifier(space, classes), space.head, space.final_size)
+        for layer in space.layers:
+            for name in layer.blocks:
+                ends = (name, layer.in_channels, layer.out_channels, layer.stride)
+                if ends not in found:
+                    found[ends] = _params(build_block(*ends), layer.in_channels, layer.height)
+                params[layer.index, space.blocks.index(name)] = found[ends]
+    return params, base
+
+
+def _params(module: nn.Module, channels: int, side: int) -> int:
+    has_any = next(module.parameters(), None) is not None
+    return count(module, (channels, side, side)).params if has_any else 0
+
+
 @dataclass(frozen=True)
 class NetworkCard:
     """What a network's files say about it: how it is built, what it was shown, what it answers.
