@@ -37,10 +37,11 @@ def progress(description: str, *, total: int) -> Iterator[Callable[[int], None]]
             task = bar.add_task(description, total=total)
             yield lambda steps: bar.advance(task, steps)
         return
-    yield _plain_lines(description, total)
+    yield plain_lines(description, total)
 
 
-def _plain_lines(description: str, total: int) -> Callable[[int], None]:
+def plain_lines(description: str, total: int) -> Callable[[int], None]:
+    """Return a function that logs a line every few seconds, called with the steps just done."""
     started = last = time.monotonic()
     done = 0
 

@@ -122,7 +122,7 @@ def _copy(command: str, group: str, path: Path, folder: Path) -> str:
 def _base(command: str, group: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shipped file whose values hold where the user's states none."""
     files = [configs_folder() / group / f"{name}.yaml" for name in shipped_names(group)]
-    for key in ("source", "name"):  # of data and objectives: of the same kind
+    for key in ("kind", "source", "name"):  # of devices, data and objectives: of the same kind
         for file in files:
             if key in content and read_yaml(file).get(key) == content[key]:
                 return read_yaml(file)

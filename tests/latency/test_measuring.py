@@ -16,7 +16,9 @@ from torch import nn
 
 from fbnas.errors import InputError
 from fbnas.latency import runner
-from fbnas.latency.devices import Device
+from fbnas.latency.checks import check_path
+from fbnas.latency.converting import lacking, needed
+from fbnas.latency.devices import Device, device_from
 from fbnas.latency.runtimes import RUNTIMES, available_runtime, runtime
 
 ROOT = Path(__file__).parents[2]
@@ -74,18 +76,28 @@ def runs(pid: int) -> bool:
 def test_every_runtime_measures_at_each_of_its_precisions(
     name: str, threads: int, tmp_path: Path
 ) -> None:
-    for precision in runtime(name).PRECISIONS:
-        device = Device(runtime=name, precision=precision, threads=threads)
-        path = tmp_path / f"{precision}{runtime(name).SUFFIX}"
+    file, elsewhere = runtime(name), os.environ.get(f"FBNAS_{name.upper()}_PYTHON")
+    if not file.available() and elsewhere is None:
+        pytest.skip(f"{name} is not installed here ({file.INSTALL})")
+    for precision in file.PRECISIONS:
+        if lacking(needed(file, precision)) and elsewhere is None:
+            continue  # test_runtimes.py says so
+        provider = "compiled" if (name, precision) == ("pytorch", "int8") else ""
+        device = Device(
+            runtime=name, provider=provider, precision=precision, threads=threads, python=elsewhere
+        )
+        path = tmp_path / f"{precision}{device.suffix}"
         device.compile(nn.Conv2d(3, 4, 3), (3, 8, 8), path)
         measurement = device.measure([path], rounds=3)
-        timing = measurement.timings[0]
+        timing = measurement.whole[0]
         assert 0 < timing.low_ms <= timing.latency_ms <= timing.high_ms
         assert timing.samples >= 3
+        images = np.random.default_rng(0).standard_normal((5, 3, 8, 8), dtype=np.float32)
+        assert device.scores(path, images).shape == (5, 4, 6, 6)
 
 
 def test_more_work_takes_longer(files: list[Path]) -> None:
-    narrow, wide = Device().measure(files, rounds=5).timings
+    narrow, wide = Device().measure(files, rounds=5).whole
     assert narrow.latency_ms * 2 < wide.latency_ms  # 64 times the multiply-adds
 
 
@@ -166,8 +178,9 @@ def test_a_runtime_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
 def test_unstable_models_are_those_whose_halves_disagree() -> None:
     steady, drifting = [5.0] * 8, [5.0] * 4 + [6.0] * 4
     rounds: list[list[float | None]] = [list(pair) for pair in zip(steady, drifting, strict=True)]
-    assert runner.unstable(rounds) == [1]
-    assert runner.unstable([*rounds, *([[None, 5.0]] * 8)]) == []
+    assert runner.unstable(rounds, [0, 1], 8) == [1]
+    assert runner.unstable(rounds, [0, 1], 9) == [0, 1]  # fewer visits than asked for
+    assert runner.unstable([*rounds, *([[None, 5.0]] * 60)], [0, 1], 8) == []
 
 
 def test_short_models_are_repeated_within_a_visit() -> None:
@@ -176,8 +189,94 @@ def test_short_models_are_repeated_within_a_visit() -> None:
         def run(seconds: float) -> None:
             time.sleep(seconds)
 
-    assert runner.warm_up(Timed, 0.01) == 1  # type: ignore[arg-type]
-    assert runner.warm_up(Timed, 0.0) > 1  # type: ignore[arg-type]
+    assert runner.warm_up(Timed, 0.01, 2) == 1  # type: ignore[arg-type]
+    assert runner.warm_up(Timed, 0.0, 2) > 1  # type: ignore[arg-type]
+
+
+def test_a_model_that_answers_otherwise_than_torch_is_not_timed(
+    files: list[Path], tmp_path: Path
+) -> None:
+    wrong, check = tmp_path / "wrong.onnx", check_path(tmp_path / "wrong.onnx")
+    wrong.write_bytes(files[1].read_bytes())
+    with np.load(check_path(files[1])) as archive:
+        saved = {name: archive[name] for name in archive.files}
+    np.savez(check, **{**saved, "values": saved["values"] * 1.5})
+    with pytest.raises(
+        InputError, match=r"wrong\.onnx cannot be run .*differs from torch's by 0\.4"
+    ):
+        Device().measure([wrong], rounds=2)
+    found = Device().measure([files[0], wrong, files[1]], rounds=2, keep_failures=True)
+    assert found.timings[1] is None
+    assert found.timings[0] and found.timings[2]
+    assert list(found.failures) == [1]
+    assert np.isnan(found.samples_ms[:, 1]).all()
+    np.savez(check, **saved)
+    assert not Device().measure([wrong], rounds=2).failures
+
+
+CRASHING = """
+import os, signal
+from fbnas.latency.runtimes.ort import *
+from fbnas.latency.runtimes import ort
+def load(path, settings):
+    if "crash" in path.name:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return ort.load(path, settings)
+"""
+
+
+def test_a_model_that_takes_the_runtime_down_is_named_and_the_others_are_measured(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = tmp_path / "crash.onnx"
+    crash.write_bytes(files[0].read_bytes())
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    monkeypatch.setattr(runtime("onnxruntime"), "__file__", str(tmp_path / "crashing.py"))
+    device = Device(python=sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = device.measure([files[0], crash, files[1]], rounds=2, keep_failures=True)
+    assert set(found.failures) == {1}
+    assert "the runtime crashed (SIGSEGV" in found.failures[1]
+    assert found.timings[0] and found.timings[2]
+    with pytest.raises(InputError, match=r"crash\.onnx cannot be run by onnxruntime: the runtime"):
+        device.measure([crash], rounds=2)
+
+
+def test_devices_are_built_from_their_kind() -> None:
+    local = device_from({"kind": "local", "name": "x", "cores": [0]})
+    assert local == Device(name="x", cores=(0,))
+    assert local.kind == "local"
+    board = device_from({"kind": "ssh", "host": "board", "name": None, "threads": 4})
+    assert (board.kind, board.name, board.threads) == ("ssh", "board", 4)
+    with pytest.raises(InputError, match="Unknown device option 'host'"):
+        device_from({"kind": "local", "host": "board"})
+    with pytest.raises(InputError, match="device=ssh needs device.host="):
+        device_from({"kind": "ssh", "host": ""})
+    with pytest.raises(InputError, match=r"device.cores is \[-1\]; expected numbers of cores"):
+        Device(cores=(-1,))
+    with pytest.raises(InputError, match="Unknown kind of device 'shh'. Did you mean 'ssh'"):
+        device_from({"kind": "shh"})
+
+
+def test_cores_are_pinned_and_stated(files: list[Path]) -> None:
+    device = Device(cores=(0,))
+    assert device.fingerprint()["pinned_cores"] == "0"
+    assert device.measure(files[:1], rounds=2).whole[0].latency_ms > 0
+    with pytest.raises(InputError, match=r"cores \[4095\] cannot be used .*expected some of"):
+        Device(cores=(4095,)).measure(files[:1], rounds=2)
+
+
+def test_a_provider_that_is_not_here_is_refused_with_its_package(files: list[Path]) -> None:
+    with pytest.raises(InputError, match="no provider CoreML .*to get it: "):
+        Device(provider="CoreML").fingerprint()
+
+
+def test_an_interpreter_that_is_none_is_refused(files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be started .*expected a python"):
+        Device(python=str(tmp_path / "python")).measure(files)
+    (tmp_path / "bare").symlink_to("/bin/true")
+    with pytest.raises(InputError, match="cannot run the measuring script"):
+        Device(python=str(tmp_path / "bare")).measure(files)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -188,4 +287,4 @@ def test_a_module_is_compiled_into_a_folder_that_is_not_there_yet(
     path = tmp_path / "new" / "folder" / "block.onnx"
     module = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU()).eval()
     device.compile(module, (4, 6, 6), path)
-    assert device.measure([path], rounds=2).timings[0].latency_ms > 0
+    assert device.measure([path], rounds=2).whole[0].latency_ms > 0
