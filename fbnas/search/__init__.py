@@ -2,23 +2,33 @@
 
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.logbook import Learned, read_result, read_supernet
-from fbnas.search.loop import SearchResult, Target, search
+from fbnas.search.loop import SearchResult, search
 from fbnas.search.objectives import OBJECTIVES, build_objective
 from fbnas.search.ranking import rank_by_shared_weights
-from fbnas.search.selection import check_budget, latency_range, most_probable_within
+from fbnas.search.selection import (
+    Limit,
+    check_budget,
+    check_limits,
+    latency_range,
+    most_probable_within,
+)
 from fbnas.search.settings import SearchSettings
 from fbnas.search.supernet import Supernet
+from fbnas.search.target import LatencySource, Target
 
 __all__ = [
     "OBJECTIVES",
     "ArchitectureDistribution",
+    "LatencySource",
     "Learned",
+    "Limit",
     "SearchResult",
     "SearchSettings",
     "Supernet",
     "Target",
     "build_objective",
     "check_budget",
+    "check_limits",
     "latency_range",
     "most_probable_within",
     "rank_by_shared_weights",

@@ -24,7 +24,7 @@ def write(loop: "Loop", path: Path) -> None:
             {
                 "logits": learner.distribution.logits.detach(),
                 "optimiser": learner.optimiser.state_dict(),
-                "multiplier": learner.multiplier,
+                "multipliers": learner.multipliers,
             }
             for learner in loop.learners
         ],
@@ -51,6 +51,12 @@ def recipe(loop: "Loop") -> dict[str, Any]:
             [learner.base_ms, *learner.latency_ms.nan_to_num(-1.0).flatten().tolist()]
             for learner in loop.learners
         ],
+        "limits": [
+            [limit.name, limit.budget, limit.base, *limit.cost.nan_to_num(-1.0).flatten().tolist()]
+            for learner in loop.learners
+            for limit in learner.limits[1:]
+            if limit.bounded
+        ],
         "objective": repr(loop.objective),
         "search": settings,
         "seed": loop.seed,
@@ -70,7 +76,7 @@ def read(loop: "Loop", path: Path) -> None:
             "with overwrite=true."
         )
     for key, value in recipe(loop).items():
-        before = state["recipe"].get(key)
+        before = state["recipe"].get(key, [])  # older ones knew no further limits
         if before != value:
             raise InputError(
                 f"{path} is of another search: {_difference(key, before, value)}; resume "
@@ -93,7 +99,9 @@ def _take_up(loop: "Loop", state: dict[str, Any]) -> None:
         with torch.no_grad():
             learner.distribution.logits.copy_(stored["logits"])
         learner.optimiser.load_state_dict(stored["optimiser"])
-        learner.multiplier = stored["multiplier"]
+        if "multiplier" in stored:  # of a version that had a budget of latency alone
+            stored["multipliers"] = {"latency": stored["multiplier"]}
+        learner.multipliers = {name: stored["multipliers"][name] for name in learner.multipliers}
     loop.epoch, loop.phase, loop.step = state["position"]
     loop.sums = {part: sums.to(loop.device) for part, sums in state["sums"].items()}
     loop.history = state["history"]

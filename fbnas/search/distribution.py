@@ -14,16 +14,18 @@ class ArchitectureDistribution(nn.Module):
     """P_theta(a) = prod_l softmax(theta_l)[a_l] (Wu et al. 2019, section 3.2), layers independent.
 
     `logits` is theta, (layers, blocks), zero at first: every block equally likely. Blocks that a
-    layer does not offer have probability 0 and receive no gradient.
+    layer does not offer have probability 0 and receive no gradient. `offered`, (layers, blocks)
+    bool, leaves out further ones: those that no budget allows.
     """
 
     offered: Tensor
 
-    def __init__(self, space: SearchSpace) -> None:
+    def __init__(self, space: SearchSpace, offered: Tensor | None = None) -> None:
         super().__init__()
         self.space = space
         self.logits = nn.Parameter(torch.zeros(len(space.layers), len(space.blocks)))
-        self.register_buffer("offered", space.offered.clone(), persistent=False)
+        left = space.offered if offered is None else space.offered & offered.cpu()
+        self.register_buffer("offered", left.clone(), persistent=False)
 
     def masked_logits(self) -> Tensor:
         """Theta with -inf where a block is not offered: (layers, blocks)."""

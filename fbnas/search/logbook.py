@@ -13,7 +13,9 @@ from fbnas.errors import InputError
 from fbnas.files import append_jsonl, atomic_write, read_json, write_json, write_yaml
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import Objective
+from fbnas.search.selection import Limit
 from fbnas.search.supernet import Supernet
+from fbnas.search.target import costs_of, limit_as_dict, limit_from_dict, params_limit
 from fbnas.space.network import load_weights_
 from fbnas.space.search_space import SearchSpace
 from fbnas.training.schedules import cosine
@@ -51,21 +53,17 @@ def epoch_row(
 
 
 def _target_row(objective: Objective, learner: "Learner") -> dict[str, Any]:
-    distribution, budget_ms = learner.distribution, learner.target.budget_ms
+    distribution = learner.distribution
     with torch.no_grad():
-        expected_ms = learner.expected_ms()
         skips = distribution.expected_skips()
-        one = torch.ones((), device=expected_ms.device)
-        penalty = objective.loss(
-            one, expected_ms, budget_ms=budget_ms, multiplier=learner.multiplier
-        )
         stages = [layer.stage for layer in distribution.space.layers]
         return {
             "name": learner.target.name,
-            "budget_ms": budget_ms,
-            "expected_latency_ms": float(expected_ms),
-            "latency_penalty": float(penalty - one),  # at a cross-entropy of 1
-            "lambda": learner.multiplier,
+            "budget_ms": learner.target.budget_ms,
+            "expected_latency_ms": float(learner.expected(learner.limits[0])),
+            "latency_penalty": _penalty(objective, learner),
+            "lambda": learner.multipliers.get("latency", 0.0),
+            "limits": [_limit_row(learner, limit) for limit in learner.limits[1:] if limit.bounded],
             "entropy": float(distribution.entropy().mean()),
             "skips": float(skips.sum()),
             "skips_per_stage": [
@@ -74,6 +72,33 @@ def _target_row(objective: Objective, learner: "Learner") -> dict[str, Any]:
             ],
             "logits": _listed(distribution.logits, distribution.offered),
         }
+
+
+def _penalty(objective: Objective, learner: "Learner") -> float:
+    """What the objective adds for latency, at a cross-entropy of 1; 0 without a budget of it."""
+    latency = learner.limits[0]
+    if not latency.bounded:
+        return 0.0
+    expected_ms = learner.expected(latency)
+    one = torch.ones((), device=expected_ms.device)
+    multiplier = learner.multipliers["latency"]
+    loss = objective.loss(one, expected_ms, budget_ms=latency.budget, multiplier=multiplier)
+    return float(loss - one)
+
+
+def _limit_row(learner: "Learner", limit: Limit) -> dict[str, Any]:
+    """A budget beside latency, and what theta expects; of a maximum: of the most probable."""
+    if limit.kind == "sum":
+        expected = float(learner.expected(limit))
+    else:
+        expected = limit.of(learner.distribution.probabilities().argmax(dim=1).tolist())
+    return {
+        "name": limit.name,
+        "unit": limit.unit,
+        "budget": limit.budget,
+        "expected": expected,
+        "lambda": learner.multipliers.get(limit.name),
+    }
 
 
 def _listed(values: Tensor, offered: Tensor) -> list[list[float | None]]:
@@ -110,7 +135,13 @@ class Logbook:
                 self.writer.add_scalar(key, row[key], epoch)
         for number, (target, theta) in enumerate(zip(row["targets"], distributions, strict=True)):
             for key in ("expected_latency_ms", "budget_ms", "lambda", "entropy", "skips"):
-                self.writer.add_scalar(f"target_{number}/{key}", target[key], epoch)
+                if target[key] is not None:
+                    self.writer.add_scalar(f"target_{number}/{key}", target[key], epoch)
+            for limit in target["limits"]:
+                for key in ("expected", "budget", "lambda"):
+                    if limit[key] is not None:
+                        tag = f"target_{number}/{limit['name']}/{key}"
+                        self.writer.add_scalar(tag, limit[key], epoch)
             image = theta.probabilities().detach().cpu()
             self.writer.add_image(f"target_{number}/theta", _enlarged(image), epoch)
         self.writer.flush()
@@ -129,13 +160,21 @@ def _console_line(row: dict[str, Any]) -> str:
             parts.append(f"{part} loss {row[f'{part}_loss']:.3f} acc {accuracy:5.1f} %")
     if row["phase"] == "search":
         for target in row["targets"]:
-            parts.append(
-                f"E[LAT] {target['expected_latency_ms']:.4g} of {target['budget_ms']:.4g} ms "
-                f"lambda {target['lambda']:.2f} entropy {target['entropy']:.2f} "
-                f"skips {target['skips']:.1f}"
-            )
+            parts.append(_target_words(target))
         parts.append(f"tau {row['tau']:.2f}")
     return " | ".join([*parts, f"{row['seconds']:.1f} s"])
+
+
+def _target_words(target: dict[str, Any]) -> str:
+    budget = target["budget_ms"]
+    words = f"E[LAT] {target['expected_latency_ms']:.4g}"
+    words += " ms" if budget is None else f" of {budget:.4g} ms lambda {target['lambda']:.2f}"
+    for limit in target["limits"]:
+        words += (
+            f" {limit['name']} {limit['expected']:.4g} of {limit['budget']:.4g} {limit['unit']}"
+        )
+        words += "" if limit["lambda"] is None else f" lambda {limit['lambda']:.2f}"
+    return f"{words} entropy {target['entropy']:.2f} skips {target['skips']:.1f}"
 
 
 @contextlib.contextmanager
@@ -171,8 +210,9 @@ def write_result(
             "table": learner.target.name,
             "budget_ms": learner.target.budget_ms,
             "base_ms": learner.base_ms,
-            "latency_ms": _listed(learner.latency_ms, learner.distribution.offered),
+            "latency_ms": _listed(learner.latency_ms, space.offered),
             "logits": _listed(learner.distribution.logits.detach(), learner.distribution.offered),
+            "limits": [limit_as_dict(limit) for limit in learner.limits[1:]],
         }
         for learner in learners
     ]
@@ -188,21 +228,26 @@ def write_result(
 
 
 class Learned:
-    """One target of a finished search, read back from theta.json."""
+    """One target of a finished search, read back from theta.json.
 
-    def __init__(self, space: SearchSpace, target: dict[str, Any]) -> None:
-        self.budget_ms: float = target["budget_ms"]
+    `limits` are the costs beside latency that the table and the space told, with their budgets.
+    """
+
+    def __init__(self, space: SearchSpace, target: dict[str, Any], *, classes: int) -> None:
+        self.budget_ms: float | None = target["budget_ms"]
         self.base_ms: float = target["base_ms"]
         self.table: str = target["table"]
-        self.latency_ms = _tensor(target["latency_ms"])
-        self.distribution = ArchitectureDistribution(space)
+        self.latency_ms = costs_of(target["latency_ms"])
+        stored = target.get("limits")  # older searches wrote none
+        self.limits: tuple[Limit, ...] = (
+            (params_limit(space, classes),)
+            if stored is None
+            else tuple(limit_from_dict(limit) for limit in stored)
+        )
+        logits = costs_of(target["logits"])  # null too where no budget allows a block
+        self.distribution = ArchitectureDistribution(space, ~logits.isnan())
         with torch.no_grad():
-            self.distribution.logits.copy_(_tensor(target["logits"]).nan_to_num(0.0))
-
-
-def _tensor(rows: list[list[float | None]]) -> Tensor:
-    values = [[float("nan") if x is None else x for x in row] for row in rows]
-    return torch.tensor(values, dtype=torch.double)
+            self.distribution.logits.copy_(logits.nan_to_num(0.0))
 
 
 def read_result(out: Path) -> tuple[SearchSpace, list[Learned], int]:
@@ -219,8 +264,8 @@ def read_result(out: Path) -> tuple[SearchSpace, list[Learned], int]:
     space = SearchSpace.load(out / "space.yaml")
     content = read_json(out / "theta.json")
     try:
-        learned = [Learned(space, target) for target in content["targets"]]
         classes = int(content["classes"])
+        learned = [Learned(space, target, classes=classes) for target in content["targets"]]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{out / 'theta.json'}: {error}; expected the file that fbnas search wrote for space "

@@ -3,9 +3,9 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from fbnas.progress import progress
 from fbnas.search import checkpoint, logbook
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import DualAscent, Objective
-from fbnas.search.selection import check_budget, latency_range
+from fbnas.search.selection import Limit, check_budget, check_limits, latency_range
 from fbnas.search.settings import SearchSettings
 from fbnas.search.supernet import Supernet
+from fbnas.search.target import Target
 from fbnas.space.search_space import SearchSpace
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, Images, batches, split_for_search
@@ -30,36 +31,38 @@ from fbnas.training.state import TrainingDiverged
 log = logging.getLogger(__name__)
 
 
-class LatencySource(Protocol):
-    """Anything that knows what blocks cost; a LatencyTable is one."""
-
-    def tensor(self, space: SearchSpace, *, classes: int | None = None) -> tuple[Tensor, float]:
-        """Return (layers, blocks) ms with nan where not offered, and the base in ms."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A device's table and a budget in ms: what one theta is learned for."""
-
-    table: LatencySource
-    budget_ms: float
-    name: str = ""
-
-
 @dataclass
 class Learner:
-    """One target's theta: its distribution, optimiser, lambda, and what blocks cost there."""
+    """One target's theta: its distribution, optimiser, lambdas, and what blocks cost there.
+
+    `limits` are all known costs, latency first; `multipliers` hold a lambda per budget of a sum.
+    """
 
     target: Target
     distribution: ArchitectureDistribution
     optimiser: torch.optim.Optimizer
-    latency_ms: Tensor
-    base_ms: float
-    multiplier: float
+    limits: tuple[Limit, ...]
+    multipliers: dict[str, float] = field(default_factory=dict)
 
-    def expected_ms(self) -> Tensor:
-        """E[LAT] of the whole network in ms, differentiable in theta."""
-        return self.distribution.expected(self.latency_ms, base=self.base_ms)
+    def __post_init__(self) -> None:
+        sums = [limit for limit in self.limits if limit.bounded and limit.kind == "sum"]
+        self.first = sums[0] if sums else None  # the one that the objective acts on
+        self.further = sums[1:]
+        self.multipliers = {limit.name: 0.0 for limit in sums}
+
+    @property
+    def latency_ms(self) -> Tensor:
+        """(layers, blocks), nan where a block is not offered."""
+        return self.limits[0].cost
+
+    @property
+    def base_ms(self) -> float:
+        """What every network takes."""
+        return self.limits[0].base
+
+    def expected(self, limit: Limit) -> Tensor:
+        """E[cost] of the whole network in the limit's unit, differentiable in theta."""
+        return self.distribution.expected(limit.cost, base=limit.base)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def search(
     Args:
         space: what may be chosen.
         data: where the training images come from.
-        targets: a table and a budget each; every target learns its own theta.
+        targets: a table and budgets each; every target learns its own theta.
         objective: how cross-entropy and latency combine in theta's loss; `DualAscent()` by default.
         settings: the recipe.
         seed: the same seed gives the same numbers on CPU.
@@ -156,7 +159,7 @@ class Loop:
         out: Path | str | None,
     ) -> None:
         if not targets:
-            raise InputError("A search needs a target: a latency table and a budget in ms.")
+            raise InputError("A search needs a target: a latency table and a budget, as target_ms.")
         torch.manual_seed(seed)
         self.settings, self.objective, self.data, self.seed = settings, objective, data, seed
         self.out = Path(out) if out else None
@@ -173,7 +176,9 @@ class Loop:
         self.learners = [
             _learner(space, data.classes, target, objective, settings) for target in targets
         ]
-        self.uniform = ArchitectureDistribution(space)
+        self.ascent = objective if isinstance(objective, DualAscent) else DualAscent()
+        allowed = torch.stack([learner.distribution.offered.cpu() for learner in self.learners])
+        self.uniform = ArchitectureDistribution(space, allowed.any(dim=0))
         self.weights_images, self.theta_images = split_for_search(
             data.train, fraction=settings.weights_fraction, seed=seed
         )
@@ -224,18 +229,39 @@ class Loop:
         gates = learner.distribution.gates(tau, hard=self.settings.gates == "hard")
         scores = self.supernet(images, gates)
         cross_entropy = functional.cross_entropy(scores, labels)
-        latency_ms = learner.expected_ms()
-        budget_ms = learner.target.budget_ms
-        loss = self.objective.loss(
-            cross_entropy, latency_ms, budget_ms=budget_ms, multiplier=learner.multiplier
-        )
+        costs = {limit.name: learner.expected(limit) for limit in learner.further}
+        loss = cross_entropy
+        if learner.first is not None:
+            costs[learner.first.name] = learner.expected(learner.first)
+            loss = self.objective.loss(
+                cross_entropy,
+                costs[learner.first.name],
+                budget_ms=learner.first.budget,
+                multiplier=learner.multipliers[learner.first.name],
+            )
+        for limit in learner.further:
+            loss = loss + self.ascent.further_loss(
+                costs[limit.name],
+                budget=limit.budget,
+                multiplier=learner.multipliers[limit.name],
+            )
         learner.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         learner.optimiser.step()
-        learner.multiplier = self.objective.next_multiplier(
-            learner.multiplier, float(latency_ms.detach()), budget_ms
-        )
+        self.raise_multipliers(learner, {k: float(v.detach()) for k, v in costs.items()})
         self.count("theta", cross_entropy, scores, labels)
+
+    def raise_multipliers(self, learner: Learner, costs: dict[str, float]) -> None:
+        """Let every lambda follow what its expected cost was before the step."""
+        for limit in learner.further:
+            learner.multipliers[limit.name] = self.ascent.next_multiplier(
+                learner.multipliers[limit.name], costs[limit.name], limit.budget
+            )
+        if learner.first is not None:
+            name, budget = learner.first.name, learner.first.budget
+            learner.multipliers[name] = self.objective.next_multiplier(
+                learner.multipliers[name], costs[name], budget
+            )
 
     def weights_gates(self, epoch: int) -> Tensor | list[int]:
         """A uniform path while theta sleeps; then what the recipe says, for one of the targets."""
@@ -357,20 +383,26 @@ class Loop:
 def _learner(
     space: SearchSpace, classes: int, target: Target, objective: Objective, settings: SearchSettings
 ) -> Learner:
-    """Start a target's theta.
+    """Start a target's theta; it never offers a block that a budget of a maximum forbids.
 
     Raises:
         InputError: a budget or a latency that nothing can be learned for.
     """
-    latency_ms, base_ms = target.table.tensor(space, classes=classes)
-    check_budget(target.budget_ms, latency_ms, base_ms)
-    objective.check(latency_range(latency_ms, base_ms)[0])
+    limits = target.limits(space, classes)
+    latency_ms, base_ms = limits[0].cost, limits[0].base
+    if target.budget_ms is not None:
+        check_budget(target.budget_ms, latency_ms, base_ms)
+    check_limits(limits)
+    fastest_ms = latency_range(latency_ms, base_ms)[0]
+    objective.check(None if target.budget_ms is None else fastest_ms)
     device = choose_device(settings.device)
-    distribution = ArchitectureDistribution(space).to(device)
+    allowed = torch.stack([limit.offered() for limit in limits]).all(dim=0)
+    distribution = ArchitectureDistribution(space, allowed).to(device)
     adam = torch.optim.Adam(
         distribution.parameters(), lr=settings.theta_lr, weight_decay=settings.theta_weight_decay
     )
-    return Learner(target, distribution, adam, latency_ms.to(device), base_ms, 0.0)
+    on_device = tuple(replace(limit, cost=limit.cost.to(device)) for limit in limits)
+    return Learner(target, distribution, adam, on_device)
 
 
 def _no_sums(device: torch.device) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 Latency is E[LAT] in milliseconds, from softmax(theta), differentiable in theta. An objective is a
 frozen dataclass; what changes during the search is one number, the multiplier lambda, which the
-loop keeps.
+loop keeps. Where there is no budget of latency, the first other sum (energy, then parameters)
+takes its place; every further one adds `DualAscent.further_loss`.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from fbnas.errors import InputError, check_known, unknown
 class Objective(Protocol):
     """What the search minimises over theta."""
 
-    def check(self, fastest_ms: float) -> None:
-        """Refuse a space whose latencies the form is undefined for.
+    def check(self, fastest_ms: float | None) -> None:
+        """Refuse a space whose latencies the form is undefined for; None: no budget of latency.
 
         Raises:
             InputError: with the reason and the way out.
@@ -63,8 +64,8 @@ def build_objective(name: str = "target", **options: Any) -> Objective:
 class _Anywhere:
     """Defined for every positive latency, with a constant multiplier."""
 
-    def check(self, fastest_ms: float) -> None:
-        assert fastest_ms > 0
+    def check(self, fastest_ms: float | None) -> None:
+        assert fastest_ms is None or fastest_ms > 0
 
     def next_multiplier(self, multiplier: float, latency_ms: float, budget_ms: float) -> float:
         return multiplier
@@ -91,6 +92,14 @@ class DualAscent(_Anywhere):
 
     def next_multiplier(self, multiplier: float, latency_ms: float, budget_ms: float) -> float:
         return max(0.0, multiplier + self.rate * (latency_ms / budget_ms - 1))
+
+    def further_loss(self, cost: Tensor, *, budget: float, multiplier: float) -> Tensor:
+        """Return lambda * r + damping / 2 * max(0, r)^2 for a budget beside the first.
+
+        One-sided, since of several budgets one binds: the others shall not be used up.
+        """
+        excess = cost / budget - 1
+        return multiplier * excess + self.damping / 2 * excess.clamp(min=0) ** 2
 
 
 @_register("hinge")
@@ -122,7 +131,12 @@ class Absolute(_Anywhere):
 class _Logarithmic:
     """log(LAT)^beta with LAT in ms: undefined where log(LAT) is not positive."""
 
-    def check(self, fastest_ms: float) -> None:
+    def check(self, fastest_ms: float | None) -> None:
+        if fastest_ms is None:
+            raise InputError(
+                "The fbnet objectives take log(LAT)^beta; expected a budget of latency: give "
+                "target_ms as well, or use objective=target."
+            )
         if fastest_ms <= 1.0:
             raise InputError(
                 "The fbnet objectives take log(LAT)^beta, which is undefined at 1 ms and below; "

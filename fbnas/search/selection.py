@@ -1,6 +1,9 @@
-"""The most probable architectures within a budget, exactly; and what a budget can buy at all."""
+"""The most probable architectures within budgets, exactly; and what a budget can buy at all."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +16,87 @@ from fbnas.space.search_space import NINE_BLOCKS, SearchSpace
 # A float32 softmax underflows to 0; such a block is unlikely, not absent.
 ROUNDING = 1e-12  # of sums in another order: the fastest network fits its own latency
 SMALLEST_PROBABILITY = 1e-38
+OPTIONS = {"latency": "target_ms", "energy": "target_mj", "peak": "target_mb"}
+PREDICTIONS = {
+    "latency": "predicted_latency_ms",
+    "energy": "predicted_energy_mj",
+    "peak": "predicted_peak_mb",
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What blocks cost in one unit, and the budget of a network in it.
+
+    name: latency, energy, peak (memory) or params.
+    unit: ms, mJ, MB or params.
+    cost: (layers, blocks), nan where a block is not offered.
+    budget: the most that a network may cost; infinite where the cost is known but free.
+    base: what every network costs: stem, head and classifier.
+    kind: a network costs base + the "sum" over layers, or the "max" of base and layers.
+    """
+
+    name: str
+    unit: str
+    cost: Tensor
+    budget: float
+    base: float = 0.0
+    kind: Literal["sum", "max"] = "sum"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a budget at all."""
+        return self.budget != math.inf
+
+    @property
+    def option(self) -> str:
+        """The option that sets the budget."""
+        return OPTIONS.get(self.name, f"max_{self.name}")
+
+    @property
+    def key(self) -> str:
+        """What an architecture's provenance calls its cost."""
+        return PREDICTIONS.get(self.name, self.name)
+
+    @property
+    def most(self) -> float:
+        """The budget, with room for rounding."""
+        return self.budget * (1 + ROUNDING)
+
+    def of(self, path: Sequence[int]) -> float:
+        """Return what a network costs: `path` holds a block's index per layer."""
+        costs = [float(self.cost[layer, block]) for layer, block in enumerate(path)]
+        return self.base + sum(costs) if self.kind == "sum" else max(self.base, *costs)
+
+    def range(self) -> tuple[float, float]:
+        """Return the lowest and the highest cost of any network."""
+        least = self.cost.nan_to_num(torch.inf).amin(dim=1)
+        most = self.cost.nan_to_num(-torch.inf).amax(dim=1)
+        if self.kind == "sum":
+            return self.base + float(least.sum()), self.base + float(most.sum())
+        return max(self.base, float(least.max())), max(self.base, float(most.max()))
+
+    def offered(self) -> Tensor:
+        """(layers, blocks) bool: the blocks that the budget leaves; a sum's leaves all."""
+        known = ~self.cost.isnan()
+        return known & (self.cost <= self.most) if self.kind == "max" else known
+
+    def written(self, value: float) -> str:
+        """Write a cost with its unit: 3.2 ms, 1.2 M params."""
+        if self.name != "params":
+            return f"{value:.4g} {self.unit}"
+        factor, prefix = next(
+            ((f, p) for f, p in ((1e6, " M"), (1e3, " k")) if abs(value) >= f), (1, "")
+        )
+        return f"{value / factor:.4g}{prefix} {self.unit}"
+
+    def range_text(self) -> str:
+        """Say what the cheapest and the dearest network cost."""
+        low, high = (self.written(value) for value in self.range())
+        source = "by the table" if self.name in OPTIONS else "by count"
+        if self.name == "latency":
+            return f"the fastest takes {low} and the slowest {high} {source}"
+        return f"the lowest needs {low} and the highest {high} {source}"
 
 
 def latency_range(latency_ms: Tensor, base_ms: float = 0.0) -> tuple[float, float]:
@@ -47,81 +131,136 @@ def check_budget(budget_ms: float, latency_ms: Tensor, base_ms: float = 0.0) -> 
     )
 
 
+def check_limits(limits: Sequence[Limit]) -> None:
+    """Refuse budgets that no network meets, one by one and together; or one alone that all meet.
+
+    Raises:
+        InputError: it names the lowest and the highest cost of any network.
+    """
+    bounded = [limit for limit in limits if limit.bounded]
+    for limit in bounded:
+        lowest, highest = limit.range()
+        if not limit.budget > 0:
+            problem = "is not positive"
+        elif not lowest <= limit.most:
+            problem = "is too low"
+        elif len(bounded) == 1 and limit.budget > highest:
+            problem = "is met by every network, so that there is nothing to trade"
+        else:
+            continue
+        raise InputError(
+            f"{limit.option}={limit.budget:.6g} {problem}: in this space {limit.range_text()}; ask "
+            "for a value in between."
+        )
+    _refuse_conflict(bounded)
+
+
 def most_probable_within(
     probabilities: Tensor,
     latency_ms: Tensor,
     *,
-    budget_ms: float,
+    budget_ms: float | None,
     base_ms: float = 0.0,
     count: int = 5,
     space: SearchSpace | None = None,
+    limits: Sequence[Limit] = (),
 ) -> list[Architecture]:
-    """Return the `count` most probable architectures with base + sum_l LAT_l <= budget, best first.
+    """Return the `count` most probable architectures within every budget, best first.
 
-    max_a sum_l log p_{l,a_l}  subject to  base + sum_l LAT_{l,a_l} <= T
+    max_a sum_l log p_{l,a_l}  subject to  base + sum_l LAT_{l,a_l} <= T, and the same of `limits`
 
     is a multiple-choice knapsack, solved to optimality as an integer program; each answer is then
-    excluded to find the next.
+    excluded to find the next. A limit on a maximum leaves out the blocks over its budget.
 
     Args:
         probabilities: (layers, blocks), rows sum to 1.
         latency_ms: (layers, blocks) in ms, nan where a block is not offered.
-        budget_ms: T, in ms.
+        budget_ms: T, in ms; None for no budget of latency.
         base_ms: stem, head and classifier, in ms.
         count: how many; fewer come back where fewer fit.
         space: names the blocks; without it the columns are the nine FBNet blocks in their order.
+        limits: further budgets, and costs without one that are only to be stated.
 
     Raises:
-        InputError: no architecture fits; the fastest and slowest latencies are named.
+        InputError: no architecture fits; the lowest and highest costs are named.
         ValueError: shapes that do not belong together.
     """
     names: Sequence[str] = space.blocks if space else NINE_BLOCKS
-    if probabilities.shape != latency_ms.shape or probabilities.shape[1] != len(names):
-        raise ValueError(
-            f"probabilities {tuple(probabilities.shape)} and latency_ms {tuple(latency_ms.shape)}; "
-            f"expected both (layers, {len(names)}): pass space= for other blocks."
-        )
-    fastest, slowest = latency_range(latency_ms, base_ms)
-    if budget_ms * (1 + ROUNDING) < fastest:
-        raise InputError(
-            f"No network fits {budget_ms:.4g} ms: the fastest takes {fastest:.4g} ms and the "
-            f"slowest {slowest:.4g} ms by the table."
-        )
-    cost = latency_ms.detach().double().cpu().numpy()
+    budget = math.inf if budget_ms is None else budget_ms
+    every = (Limit("latency", "ms", latency_ms.detach().double().cpu(), budget, base_ms), *limits)
+    for limit in every:
+        if probabilities.shape != limit.cost.shape or probabilities.shape[1] != len(names):
+            raise ValueError(
+                f"probabilities {tuple(probabilities.shape)} and {limit.name} "
+                f"{tuple(limit.cost.shape)}; expected both (layers, {len(names)}): pass space= for "
+                "other blocks."
+            )
+    bounded = [limit for limit in every if limit.bounded]
+    for limit in bounded:
+        if not limit.range()[0] <= limit.most:
+            asked = limit.written(limit.budget)
+            raise InputError(f"No network fits {asked}: {limit.range_text()}.")
     score = probabilities.detach().double().cpu().clamp(min=SMALLEST_PROBABILITY).log().numpy()
+    paths = _best_paths(score, every, count)
+    if not paths:
+        _refuse_conflict(bounded)
     chosen = []
-    for path in _best_paths(score, cost, budget_ms * (1 + ROUNDING) - base_ms, count):
-        predicted = base_ms + sum(cost[i, j] for i, j in enumerate(path))
+    for path in paths:
+        costs = {limit.key: limit.of(path) for limit in every}
         chosen.append(
             Architecture(
                 tuple(names[j] for j in path),
                 space.name if space else "",
                 {
                     "log_probability": float(sum(score[i, j] for i, j in enumerate(path))),
-                    "predicted_latency_ms": float(predicted),
-                    "source": f"most probable within {budget_ms:.6g} ms",
+                    **{k: round(v) if k == "params" else v for k, v in costs.items()},
+                    "source": f"most probable within {_budgets(bounded)}",
                 },
             )
         )
     return chosen
 
 
-def _best_paths(score: np.ndarray, cost: np.ndarray, budget: float, count: int) -> list[list[int]]:
-    """Solve, exclude the answer, solve again. Each path is one block index per layer."""
+def _budgets(bounded: Sequence[Limit]) -> str:
+    """4 ms and 1.5 mJ."""
+    return " and ".join(f"{x.budget:.6g} {x.unit}" for x in bounded) or "the space"
+
+
+def _refuse_conflict(bounded: Sequence[Limit]) -> None:
+    """Refuse budgets of which each can be met, but not all by one network."""
+    if len(bounded) < 2 or _best_paths(np.zeros(tuple(bounded[0].cost.shape)), bounded, 1):
+        return
+    asked = ", ".join(limit.written(limit.budget) for limit in bounded)
+    lowest = ", ".join(limit.written(limit.range()[0]) for limit in bounded)
+    raise InputError(
+        f"No network fits {asked} together: each budget alone can be met, the lowest are {lowest}; "
+        "raise at least one of them."
+    )
+
+
+def _best_paths(score: np.ndarray, limits: Sequence[Limit], count: int) -> list[list[int]]:
+    """Solve, exclude the answer, solve again. Each path is one block index per layer.
+
+    `score` is (layers, blocks); the limits without a budget say only which blocks are offered.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     layers, blocks = score.shape
-    offered = np.isfinite(cost)
-    one_per_layer = np.kron(np.eye(layers), np.ones(blocks))
-    scale = max(budget, np.finfo(float).tiny)  # the solver's tolerance is absolute: work in budgets
-    budget_row = np.where(offered, cost, 0.0).reshape(1, -1) / scale
+    bounded = [limit for limit in limits if limit.bounded]
+    if any(limit.base > limit.most for limit in bounded):
+        return []
+    offered = torch.stack([limit.offered().cpu() for limit in limits]).all(dim=0).numpy()
+    if not offered.any(axis=1).all():
+        return []
+    rows = [_row(limit, offered) for limit in bounded if limit.kind == "sum"]
+    for _, within in rows:
+        offered = offered & within
+    one_per_layer = LinearConstraint(np.kron(np.eye(layers), np.ones(blocks)), 1, 1)
+    budget_rows = [LinearConstraint(row * offered.ravel(), -np.inf, 1) for row, _ in rows]
     excluded: list[np.ndarray] = []
     found: list[list[int]] = []
-    while len(found) < count:
-        constraints = [
-            LinearConstraint(one_per_layer, 1, 1),
-            LinearConstraint(budget_row, -np.inf, budget / scale),
-        ]
+    while len(found) < count and offered.any(axis=1).all():
+        constraints = [one_per_layer, *budget_rows]
         if excluded:
             constraints.append(LinearConstraint(np.array(excluded), -np.inf, layers - 1))
         result = milp(
@@ -137,6 +276,21 @@ def _best_paths(score: np.ndarray, cost: np.ndarray, budget: float, count: int) 
         excluded.append(choice.ravel())
         path = [int(j) for j in choice.argmax(axis=1)]
         # The solver's feasibility tolerance lets through what is over by 1e-7; the budget does not.
-        if sum(cost[i, j] for i, j in enumerate(path)) <= budget:
+        if all(limit.of(path) <= limit.most for limit in bounded):
             found.append(path)
     return found
+
+
+def _row(limit: Limit, offered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A sum's row of the integer program, in budgets: the solver's tolerance is absolute.
+
+    Also which blocks can be in a network within the budget: (layers, blocks) bool. The others'
+    costs in units of a budget that is nearly spent by the base would be huge.
+    """
+    cost = np.where(offered, limit.cost.detach().double().cpu().numpy(), np.inf)
+    budget = limit.most - limit.base
+    least = cost.min(axis=1, keepdims=True)
+    room = budget - (least.sum() - least)
+    within = cost <= room + ROUNDING * abs(limit.budget)
+    scale = max(budget, np.finfo(float).tiny)
+    return np.where(within, cost, 0.0).ravel() / scale, within
