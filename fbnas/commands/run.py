@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from fbnas.commands import calibrate as calibrate_command
+from fbnas.commands.budgets import budgets_of, budgets_text, check_budgets, kept_text
 from fbnas.commands.compress import check_compression
 from fbnas.commands.evaluate import is_missed
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import (
     card_for,
     check_fraction,
-    check_target_ms,
     data_for,
     device_of,
     space_of,
 )
-from fbnas.commands.search import choose_target
+from fbnas.commands.search import choose_target, target_of
 from fbnas.commands.stages import Stage, final_measurement, print_stages, stages_of
 from fbnas.commands.train import report_epoch, start
 from fbnas.errors import InputError, unknown
@@ -35,10 +35,11 @@ from fbnas.latency.table import LatencyTable
 from fbnas.report import write_report
 from fbnas.search import (
     Learned,
+    Limit,
     SearchSettings,
     Target,
     build_objective,
-    latency_range,
+    lowest_within,
     most_probable_within,
     rank_by_shared_weights,
     read_result,
@@ -81,14 +82,15 @@ def main(config: dict[str, Any]) -> int:
     if config["table"] is not None:
         given = LatencyTable.load(config["table"])
         require_same_device(given, device)
-        choose_target(given, space, data.classes, config["target_ms"], config["target_fraction"])
+        target_of(given, space, data.classes, budgets=config, fraction=config["target_fraction"])
     chain = Chain(config, OutFolder(config), space, data, device)
     headline(f"1/5 latency table of {device.name}: {device.runtime}, {device.precision}")
     table, calibrated = measured_table(chain)
     target = choose_target(
-        table, space, chain.data.classes, config["target_ms"], config["target_fraction"]
+        table, space, data.classes, budgets=config, fraction=config["target_fraction"]
     )
-    headline(f"2/5 search in space {space.name} for {target.budget_ms:.4g} ms")
+    budgets = budgets_text(target.limits(space, data.classes))
+    headline(f"2/5 search in space {space.name} for {budgets}")
     learned = searched(chain, target)
     headline("3/5 candidates, measured as whole networks")
     chosen, candidates = chosen_architecture(chain, learned, target)
@@ -112,7 +114,7 @@ def _check(config: dict[str, Any]) -> None:
     build_objective(**config["objective"])
     check_compression(config)
     check_fraction(config["target_fraction"])
-    check_target_ms(config["target_ms"])
+    check_budgets(config)
     if 0 < config["networks"] < calibration.LEAST_NETWORKS:
         raise InputError(
             f"networks={config['networks']}; expected 0, for no correction of the table, or at "
@@ -200,20 +202,20 @@ def chosen_architecture(
         candidates = _candidates(chain, learned, limit_ms)
         rows, noise_floor = _measure_candidates(chain, candidates)
         tried += rows
+        allowed = 1 + min(noise_floor, QUIET_NOISE_FLOOR)
         fitting = [
             candidate
             for candidate, row in zip(candidates, rows, strict=True)
-            if row["latency_ms"]["value"]
-            <= target.budget_ms * (1 + min(noise_floor, QUIET_NOISE_FLOOR))
+            if target.budget_ms is None or row["latency_ms"]["value"] <= target.budget_ms * allowed
         ]
-        if fitting:
+        if target.budget_ms is None or fitting:
             chosen = fitting[0]
             break
         ratio = min(r["latency_ms"]["value"] / r["predicted_latency_ms"] for r in rows)
         fastest = min(range(len(rows)), key=lambda i: rows[i]["latency_ms"]["value"])
         chosen = candidates[fastest]
         print(f"none of {len(rows)} candidates fits; networks take {ratio:.3f} of the table's word")
-        fastest_ms, _ = latency_range(learned.latency_ms, learned.base_ms)
+        fastest_ms = lowest_within(learned.limits[0], learned.limits[1:])
         limit_ms = max(target.budget_ms / ratio, fastest_ms)
     for number, candidate in enumerate(candidates, start=1):
         candidate.save(folder / f"{number:02d}.yaml")
@@ -222,8 +224,11 @@ def chosen_architecture(
     return chosen, tried
 
 
-def _candidates(chain: Chain, learned: Learned, limit_ms: float) -> list[Architecture]:
-    """The most probable architectures within the limit, ordered by the rank asked for."""
+def _candidates(chain: Chain, learned: Learned, limit_ms: float | None) -> list[Architecture]:
+    """The most probable architectures within the budgets, ordered by the rank asked for.
+
+    `limit_ms` takes the place of the budget of latency.
+    """
     candidates = most_probable_within(
         learned.distribution.probabilities(),
         learned.latency_ms,
@@ -231,6 +236,7 @@ def _candidates(chain: Chain, learned: Learned, limit_ms: float) -> list[Archite
         base_ms=learned.base_ms,
         count=chain.config["candidates"],
         space=chain.space,
+        limits=learned.limits[1:],
     )
     if chain.config["rank"] == "probability":
         return candidates
@@ -304,13 +310,15 @@ def conclude(
     final = [stage for stage in stages if stage.accepted][-1]
     assert final.timing is not None
     (chain.folder / "model.onnx").write_bytes(final.path.read_bytes())
-    predicted_ms = chosen.provenance["predicted_latency_ms"]
-    missed = is_missed(final.timing.latency_ms, target.budget_ms, noise_floor)
+    limits = target.limits(chain.space, chain.data.classes)
+    missed = target.budget_ms is not None and is_missed(
+        final.timing.latency_ms, target.budget_ms, noise_floor
+    )
     chain.out.finish(
         space=chain.space.name,
         architecture=list(chosen.blocks),
-        target_ms=target.budget_ms,
-        predicted_latency_ms=predicted_ms,
+        **budgets_of(limits),
+        **{x.key: chosen.provenance.get(x.key) for x in limits if x.name != "params"},
         latency_ms=final.timing.as_dict(),
         noise_floor=noise_floor,
         accuracy_top1=final.accuracy_top1,
@@ -328,10 +336,18 @@ def conclude(
     page = write_report(chain.folder)
     print_stages(stages)
     print(f"\nreport: {page}\nmodel:  {chain.folder / 'model.onnx'} ({final.name})")
-    verdict = "over budget" if missed else "within budget"
-    print(
-        f"asked {target.budget_ms:.4g} ms, predicted {predicted_ms:.4g} ms, measured "
-        f"{final.timing.latency_ms:.4g} ms ({final.timing.low_ms:.4g} to "
-        f"{final.timing.high_ms:.4g}): {verdict}"
-    )
+    print(_verdict(final, chosen, limits, missed=missed))
     return 3 if missed else 0
+
+
+def _verdict(final: Stage, chosen: Architecture, limits: Sequence[Limit], *, missed: bool) -> str:
+    """Say what was asked, predicted and measured; other budgets than latency by prediction."""
+    assert final.timing is not None
+    asked = f"asked {limits[0].budget:.4g} ms, " if limits[0].bounded else ""
+    others = kept_text(chosen.provenance, limits)
+    verdict = ": over budget" if missed else ": within budget" if asked else ""
+    return (
+        f"{asked}predicted {chosen.provenance['predicted_latency_ms']:.4g} ms, measured "
+        f"{final.timing.latency_ms:.4g} ms ({final.timing.low_ms:.4g} to "
+        f"{final.timing.high_ms:.4g}){f', {others}' if others else ''}{verdict}"
+    )

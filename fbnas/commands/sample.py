@@ -5,13 +5,20 @@ from typing import Any
 
 import torch
 
+from fbnas.commands.budgets import (
+    budgets_of,
+    check_budgets,
+    predict_,
+    predicted_text,
+    with_budgets,
+)
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import data_for, search_folder
 from fbnas.errors import InputError, unknown
 from fbnas.files import read_yaml, write_yaml
-from fbnas.latency.calibration import predict
 from fbnas.search import (
     check_budget,
+    check_limits,
     most_probable_within,
     rank_by_shared_weights,
     read_result,
@@ -30,19 +37,24 @@ def main(config: dict[str, Any]) -> int:
             f"target={config['target']}; the search has {len(learned)}, counted from 0."
         )
     target = learned[config["target"]]
-    budget_ms = target.budget_ms if config["target_ms"] is None else config["target_ms"]
-    check_budget(budget_ms, target.latency_ms, target.base_ms)
+    check_budgets(config)
+    latency, *others = limits = with_budgets(target.limits, config)
+    budget_ms = latency.budget if latency.bounded else None
+    if budget_ms is not None:
+        check_budget(budget_ms, latency.cost, latency.base)
+    check_limits(limits)
     out = OutFolder(config)
     folder = out.path or Path(config["run"])
 
     theta = target.distribution
     best = most_probable_within(
         theta.probabilities(),
-        target.latency_ms,
+        latency.cost,
         budget_ms=budget_ms,
-        base_ms=target.base_ms,
+        base_ms=latency.base,
         count=config["count"],
         space=space,
+        limits=others,
     )
     if config["rank"] == "shared_weights":
         best = _ranked(config, source, best, space, classes)
@@ -53,16 +65,16 @@ def main(config: dict[str, Any]) -> int:
     named["most_probable"] = theta.most_probable()
     named |= {f"random_{i:02d}": theta.sample(generator) for i in range(1, config["random"] + 1)}
     for name, architecture in named.items():
-        predicted = predict(space, architecture, target.latency_ms, target.base_ms)
-        architecture.provenance["predicted_latency_ms"] = predicted
+        predict_(space, architecture, limits)
         file = folder / "architectures" / f"{name}.yaml"
         architecture.save(file)
         probability = architecture.provenance["log_probability"]
-        print(f"{file}: {predicted:.4g} ms, log-probability {probability:.2f}: {architecture}")
+        predicted = predicted_text(architecture.provenance, limits)
+        print(f"{file}: {predicted}, log-probability {probability:.2f}: {architecture}")
     out.finish(
         architecture=list(best[0].blocks),
-        predicted_latency_ms=best[0].provenance["predicted_latency_ms"],
-        target_ms=budget_ms,
+        **{limit.key: best[0].provenance[limit.key] for limit in limits if limit.name != "params"},
+        **budgets_of(limits),
     )
     return 0
 

@@ -1,35 +1,54 @@
 """fbnas search: theta and the shared weights."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fbnas.commands.budgets import (
+    BUDGETS,
+    budgets_of,
+    budgets_text,
+    check_budgets,
+    given_budgets,
+    predicted_text,
+)
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_fraction, data_for, space_of
 from fbnas.errors import InputError
 from fbnas.latency.table import LatencyTable
+from fbnas.latency.trust import doubts
 from fbnas.search import (
+    ArchitectureDistribution,
     SearchSettings,
     Target,
     build_objective,
     check_budget,
+    check_limits,
     latency_range,
     most_probable_within,
     search,
 )
 from fbnas.space import SearchSpace
 
+log = logging.getLogger(__name__)
+
 
 def main(config: dict[str, Any]) -> int:
     settings = SearchSettings.from_dict(config["search"])
     objective = build_objective(**config["objective"])
     space = space_of(config)
-    tables, budgets = _pairs(config["table"], config["target_ms"])
+    pairs = _pairs(config)
     data = data_for(config, space)
     targets = [
         choose_target(
-            LatencyTable.load(table), space, data.classes, budget, config["target_fraction"]
+            LatencyTable.load(table),
+            space,
+            data.classes,
+            budgets=budgets,
+            fraction=config["target_fraction"],
         )
-        for table, budget in zip(tables, budgets, strict=True)
+        for table, budgets in pairs
     ]
     out = OutFolder(config)
     result = search(
@@ -42,22 +61,10 @@ def main(config: dict[str, Any]) -> int:
         out=out.folder,
         resume=out.resume,
     )
-    chosen = []
-    for target, theta in zip(targets, result.distributions, strict=True):
-        latency_ms, base_ms = target.table.tensor(space, classes=data.classes)
-        best = most_probable_within(
-            theta.probabilities(),
-            latency_ms,
-            budget_ms=target.budget_ms,
-            base_ms=base_ms,
-            count=1,
-            space=space,
-        )[0]
-        chosen.append({"architecture": list(best.blocks), **best.provenance})
-        print(
-            f"{target.name}, {target.budget_ms:.4g} ms: {best} "
-            f"(predicted {best.provenance['predicted_latency_ms']:.4g} ms)"
-        )
+    chosen = [
+        _chosen(space, target, theta, data.classes)
+        for target, theta in zip(targets, result.distributions, strict=True)
+    ]
     print(f"{out.folder}: next, fbnas sample run={out.folder} count=5")
     out.finish(
         space=space.name,
@@ -69,42 +76,98 @@ def main(config: dict[str, Any]) -> int:
     return 0
 
 
+def _chosen(
+    space: SearchSpace, target: Target, theta: ArchitectureDistribution, classes: int
+) -> dict[str, Any]:
+    """Print and return the most probable architecture within a target's budgets."""
+    latency, *others = limits = target.limits(space, classes)
+    best = most_probable_within(
+        theta.probabilities(),
+        latency.cost,
+        budget_ms=target.budget_ms,
+        base_ms=latency.base,
+        count=1,
+        space=space,
+        limits=others,
+    )[0]
+    print(
+        f"{target.name}: {best} predicted {predicted_text(best.provenance, limits)} "
+        f"(budgets {budgets_text(limits)})"
+    )
+    return {"architecture": list(best.blocks), **budgets_of(limits), **best.provenance}
+
+
 def choose_target(
     table: LatencyTable,
     space: SearchSpace,
     classes: int,
-    budget_ms: float | None,
+    *,
+    budgets: Mapping[str, Any],
     fraction: float,
 ) -> Target:
-    """Pair a table with a budget: the one asked for, or a fraction of the way to the slowest.
+    """Pair a table with budgets: those asked for, or a fraction of the way to the slowest.
+
+    Reasons to doubt what the table predicts are logged as warnings.
+
+    Args:
+        budgets: target_ms, target_mj, target_mb and max_params, each a number or None; other keys
+            play no part.
+        fraction: of the way from the fastest to the slowest network, where no budget is set.
 
     Raises:
-        InputError: a budget out of the space's range, or a table of another space.
+        InputError: a budget out of the space's range, or a table that does not fit or lacks what a
+            budget needs.
     """
+    for doubt in doubts(table):
+        log.warning("%s", doubt)
+    return target_of(table, space, classes, budgets=budgets, fraction=fraction)
+
+
+def target_of(
+    table: LatencyTable,
+    space: SearchSpace,
+    classes: int,
+    *,
+    budgets: Mapping[str, Any],
+    fraction: float,
+) -> Target:
+    """Do what `choose_target` does, without a word on the table."""
+    check_budgets(budgets)
+    given = given_budgets(budgets)
     latency_ms, base_ms = table.tensor(space, classes=classes)
-    if budget_ms is None:
+    if not given:
         check_fraction(fraction)
         fastest, slowest = latency_range(latency_ms, base_ms)
-        budget_ms = fastest + fraction * (slowest - fastest)
-    check_budget(budget_ms, latency_ms, base_ms)
-    return Target(table, float(budget_ms), table.name)
+        given["target_ms"] = fastest + fraction * (slowest - fastest)
+    if "target_ms" in given:
+        check_budget(given["target_ms"], latency_ms, base_ms)
+    ms, mj, mb, params = (given.get(option) for option in BUDGETS)
+    target = Target(
+        table,
+        None if ms is None else float(ms),
+        table.name,
+        budget_mj=mj,
+        budget_mb=mb,
+        max_params=None if params is None else int(params),
+    )
+    check_limits(target.limits(space, classes))
+    return target
 
 
-def _pairs(table: Any, target_ms: Any) -> tuple[list[Path], list[float | None]]:
-    """Match tables with budgets: lists of equal length, or one of either for all of the other."""
-    tables = table if isinstance(table, list) else [table]
-    budgets = target_ms if isinstance(target_ms, list) else [target_ms]
-    for budget in budgets:
-        number = isinstance(budget, int | float) and not isinstance(budget, bool)
-        if budget is not None and not (number and budget > 0):
-            raise InputError(f"target_ms={budget!r}; expected a positive number of milliseconds.")
-    if len(tables) == 1:
-        tables = tables * len(budgets)
-    if len(budgets) == 1:
-        budgets = budgets * len(tables)
-    if not tables or len(tables) != len(budgets):
-        raise InputError(
-            f"{len(tables)} tables and {len(budgets)} values of target_ms; expected as many of "
-            "both, or one of either."
-        )
-    return [Path(t) for t in tables], budgets
+def _pairs(config: Mapping[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """Match tables with budgets: lists of equal length, or one of any for all of the others."""
+    lists = {
+        key: config[key] if isinstance(config[key], list) else [config[key]]
+        for key in ("table", *BUDGETS)
+    }
+    number = max(len(values) for values in lists.values())
+    for key, values in lists.items():
+        if len(values) not in (1, number):
+            raise InputError(
+                f"{len(values)} values of {key} for {number} targets; expected as many tables as "
+                "budgets, or one of either."
+            )
+    rows = [{key: values[i % len(values)] for key, values in lists.items()} for i in range(number)]
+    for row in rows:
+        check_budgets(row)
+    return [(Path(row.pop("table")), row) for row in rows]

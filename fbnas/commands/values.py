@@ -8,13 +8,18 @@ from fbnas.errors import InputError, unknown
 
 NUMBERS = (
     "target_ms",
+    "target_mj",
+    "target_mb",
+    "max_params",
     "rounds",
     "data.resolution",
     "data.channels",
     "data.limit",
 )  # null by default
 WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit")
-LISTS = {"search": ("table", "target_ms")}  # options that take one value or a list of them
+LISTS = {  # options that take one value or a list of them
+    "search": ("table", "target_ms", "target_mj", "target_mb", "max_params")
+}
 LEAST = {"classes": 1, "candidates": 1, "count": 1, "networks": 0, "random": 0, "seed": 0}
 
 

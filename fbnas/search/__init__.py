@@ -10,6 +10,7 @@ from fbnas.search.selection import (
     check_budget,
     check_limits,
     latency_range,
+    lowest_within,
     most_probable_within,
 )
 from fbnas.search.settings import SearchSettings
@@ -30,6 +31,7 @@ __all__ = [
     "check_budget",
     "check_limits",
     "latency_range",
+    "lowest_within",
     "most_probable_within",
     "rank_by_shared_weights",
     "read_result",

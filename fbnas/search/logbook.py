@@ -15,7 +15,13 @@ from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import Objective
 from fbnas.search.selection import Limit
 from fbnas.search.supernet import Supernet
-from fbnas.search.target import costs_of, limit_as_dict, limit_from_dict, params_limit
+from fbnas.search.target import (
+    costs_of,
+    latency_limit,
+    limit_as_dict,
+    limit_from_dict,
+    params_limit,
+)
 from fbnas.space.network import load_weights_
 from fbnas.space.search_space import SearchSpace
 from fbnas.training.schedules import cosine
@@ -230,7 +236,7 @@ def write_result(
 class Learned:
     """One target of a finished search, read back from theta.json.
 
-    `limits` are the costs beside latency that the table and the space told, with their budgets.
+    `limits` are all costs that the table and the space told, latency first, with their budgets.
     """
 
     def __init__(self, space: SearchSpace, target: dict[str, Any], *, classes: int) -> None:
@@ -239,10 +245,9 @@ class Learned:
         self.table: str = target["table"]
         self.latency_ms = costs_of(target["latency_ms"])
         stored = target.get("limits")  # older searches wrote none
-        self.limits: tuple[Limit, ...] = (
-            (params_limit(space, classes),)
-            if stored is None
-            else tuple(limit_from_dict(limit) for limit in stored)
+        self.limits = (
+            latency_limit(self.latency_ms, self.base_ms, self.budget_ms),
+            *([params_limit(space, classes)] if stored is None else map(limit_from_dict, stored)),
         )
         logits = costs_of(target["logits"])  # null too where no budget allows a block
         self.distribution = ArchitectureDistribution(space, ~logits.isnan())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -219,6 +219,21 @@ def most_probable_within(
             )
         )
     return chosen
+
+
+def lowest_within(limit: Limit, others: Sequence[Limit]) -> float:
+    """Return the lowest cost of a sum that any network within the other budgets has.
+
+    Raises:
+        InputError: no network is within them.
+    """
+    free = replace(limit, budget=math.inf)
+    paths = _best_paths(
+        -limit.cost.detach().double().cpu().nan_to_num(0.0).numpy(), (free, *others), 1
+    )
+    if not paths:
+        _refuse_conflict([other for other in others if other.bounded])
+    return limit.of(paths[0])
 
 
 def _budgets(bounded: Sequence[Limit]) -> str:

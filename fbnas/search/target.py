@@ -57,7 +57,7 @@ class Target:
             InputError: the table does not hold what a budget needs.
         """
         latency_ms, base_ms = self.table.tensor(space, classes=classes)
-        limits = [Limit("latency", "ms", latency_ms, _budget(self.budget_ms), base_ms)]
+        limits = [latency_limit(latency_ms, base_ms, self.budget_ms)]
         kinds: tuple[tuple[str, str, float | None, Literal["sum", "max"]], ...] = (
             ("energy", "mJ", self.budget_mj, "sum"),
             ("peak", "MB", self.budget_mb, "max"),
@@ -82,6 +82,11 @@ class Target:
             if required:
                 raise
             return None
+
+
+def latency_limit(latency_ms: Tensor, base_ms: float, budget_ms: float | None = None) -> Limit:
+    """Return latencies as a limit: a budget on their sum, or none."""
+    return Limit("latency", "ms", latency_ms, _budget(budget_ms), base_ms)
 
 
 def params_limit(space: SearchSpace, classes: int, most: int | None = None) -> Limit:
