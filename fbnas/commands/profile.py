@@ -5,32 +5,66 @@ from typing import Any
 
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import device_of, space_of
-from fbnas.latency.profiling import ROUNDS, plan, profile
+from fbnas.latency.profiling import (
+    ROUNDS,
+    AnyDevice,
+    estimated_seconds,
+    missing_items,
+    plan,
+    profile,
+)
+from fbnas.space import SearchSpace
 
 
 def main(config: dict[str, Any]) -> int:
     space, device = space_of(config), device_of(config)
+    rounds = config["rounds"] or ROUNDS
     if config["plan"]:
-        items = plan(space, config["classes"])
-        for item in items:
-            print(item)
-        print(f"{len(items)} shapes, on {device.name} through {device.runtime}, {device.precision}")
+        _print_plan(config, space, device, rounds)
         return 0
     table = profile(
         space,
         device,
         Path(config["table"]),
         classes=config["classes"],
-        rounds=config["rounds"] or ROUNDS,
+        rounds=rounds,
+        seconds=config["seconds"],
         seed=config["seed"],
     )
     out = OutFolder(config)  # only now, so that the same command continues after an interrupt
-    noise = 100 * table.noise_floor
-    print(
-        f"{config['table']}: {len(table.entries)} rows, {device.precision}, noise floor "
-        f"{noise:.1f} %"
-    )
+    quality = "planned, not measured"
+    if device.kind != "roofline":
+        noise = 100 * table.noise_floor
+        busy = "" if table.quiet == "yes" else f"; the machine was not quiet: {table.quiet}"
+        wide = int(table.header.get("unstable", 0))
+        still = f"; {wide} rows still unstable" if wide else ""
+        quality = f"noise floor {noise:.1f} %{still}{busy}"
+    print(f"{config['table']}: {len(table.entries)} rows, {device.precision}, {quality}")
+    failed = table.header.get("failed")
     out.finish(
-        table=str(config["table"]), noise_floor=table.noise_floor, device=device.fingerprint()
+        table=str(config["table"]),
+        noise_floor=table.noise_floor,
+        device=device.fingerprint(),
+        failed=failed,
     )
+    if failed:
+        print(
+            f"left out, because it failed on {device.name}: {failed}; take such blocks out of the "
+            "space, or try another device.precision, device.runtime or device.provider"
+        )
+        return 2
     return 0
+
+
+def _print_plan(config: dict[str, Any], space: SearchSpace, device: AnyDevice, rounds: int) -> None:
+    """Print every shape, whether it is to be measured, and about how long that takes."""
+    _, missing = missing_items(space, device, Path(config["table"]), config["classes"])
+    items = plan(space, config["classes"])
+    for item in items:
+        print(f"{'measure' if item in missing else 'known  '}  {item}")
+    compiling, timing = estimated_seconds(missing, space, device, rounds)
+    print(
+        f"{len(items)} shapes, {len(missing)} to measure on {device.name} through "
+        f"{device.runtime}, {device.precision}: about {compiling:.0f} s to compile, "
+        f"{timing:.0f} s to time in {rounds} rounds"
+    )

@@ -4,25 +4,49 @@ import contextlib
 import datetime
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 import fbnas
 from fbnas.errors import InputError
 from fbnas.files import read_json, write_json
+from fbnas.latency.converting import ConversionError
 from fbnas.latency.devices import Device, Measurement
+try:
+    from fbnas.latency.graph_cost import module_cost
+    from fbnas.latency.roofline import Roofline
+except ImportError:  # TODO
+    class Roofline: pass
+    class _C: peak_bytes=0
+    module_cost = lambda *a: _C()
 from fbnas.latency.table import CORRECTION, OVERHEAD, Entry, LatencyTable, Shape
 from fbnas.latency.timing import Timing
 from fbnas.progress import progress
-from fbnas.space import SearchSpace, build_block
+from fbnas.space import Architecture, SearchSpace, build_block, build_network, count
 from fbnas.space.network import build_classifier, build_head, build_stem
 
 ROUNDS = 20  # of 111 blocks of space fbnet: about 3 s (2-core x86)
 BATCH = 1
-SAME_DEVICE = ("device", "cpu", "runtime", "runtime_version", "precision", "threads")
+BUSY_LOAD = 0.2  # of the cores, by other processes
+SAME_DEVICE = ("device", "cpu", "runtime", "runtime_version", "provider", "precision", "threads")
+COMPILE_SECONDS = {  # a block, on one core
+    "onnxruntime": 0.03,
+    "openvino": 0.03,
+    "litert": 2.0,
+    "executorch": 2.0,
+    "pytorch": 0.5,
+    "roofline": 0.03,
+}
+LEAST_VISIT_MS, MACS_PER_MS = 0.8, 5e6
+ADDED_LATER = {"provider": ("CPU",)}  # header keys that older tables lack, and what they stood for
+PROTOCOL = "each alone, warm, interleaved rounds in random order, 10th percentile"
+PLANNED = "computed from the numbers of a data sheet, not measured"
 IDENTITY = Timing(0.0, 0.0, 0.0, 0)  # costs nothing and is not measured
+AnyDevice = Device | Roofline
 
 
 def plan(space: SearchSpace, classes: int = 1000) -> list[Shape]:
@@ -62,51 +86,96 @@ def build(item: Shape, space: SearchSpace) -> nn.Module:
     return build_block(item.block, item.in_channels, item.out_channels, item.stride)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A shape and what stands for it in a measurement: `path` is None for an identity or a failure.
+
+    `failure`: the converter's own words. `energy_mj`: of one run, where the device computes it.
+    `peak_mb`: of the activations alive at once, 1 MB = 1e6 bytes.
+    """
+
+    item: Shape
+    path: Path | None
+    failure: str | None = None
+    energy_mj: float | None = None
+    peak_mb: float | None = None
+
+
+def missing_items(
+    space: SearchSpace, device: AnyDevice, table_path: Path, classes: int = 1000
+) -> tuple[LatencyTable | None, list[Shape]]:
+    """Return the table as it is, if there is one, and the shapes of the space that it lacks.
+
+    Raises:
+        InputError: the table is another device's.
+    """
+    known = LatencyTable.load(table_path) if table_path.exists() else None
+    if known is not None:
+        require_same_device(known, device)
+    items = plan(space, classes)
+    return known, [item for item in items if known is None or item not in known]
+
+
 def profile(
     space: SearchSpace,
-    device: Device,
+    device: AnyDevice,
     table_path: Path | str,
     *,
     classes: int = 1000,
     rounds: int = ROUNDS,
+    seconds: float | None = None,
     seed: int = 0,
 ) -> LatencyTable:
     """Measure the shapes of a space that the table does not hold yet, and write the table.
 
     The work lies in TABLE.partial/ until it is done: the same call after an interrupt continues it.
+    Shapes that fail are left out and named in the table's header `failed`.
 
     Args:
         classes: outputs of the classifier.
         rounds: how often each shape is visited.
+        seconds: time after which unstable shapes are no longer visited again.
 
     Raises:
-        InputError: the table is another device's or precision's, or cannot be written.
+        InputError: the table is another device's or precision's, or cannot be written, or not one
+            shape can be measured.
     """
     table_path = Path(table_path)
-    work = table_path.with_name(f"{table_path.name}.partial")
-    known = LatencyTable.load(table_path) if table_path.exists() else None
-    if known is not None:
-        require_same_device(known, device)
-    missing = [item for item in plan(space, classes) if known is None or item not in known]
+    work = work_folder(table_path)
+    known, missing = missing_items(space, device, table_path, classes)
     if known is not None and not missing:
         shutil.rmtree(work, ignore_errors=True)  # left by a kill between saving and clearing up
         return known
-    files = _compile(space, device, missing, work, seed=seed)
-    with progress(f"Timing {len(files)} blocks, {device.precision}", total=rounds) as advance:
-        measurement = device.measure(
-            [file for file in files if file is not None],
-            rounds=rounds,
-            seed=seed,
-            work=work,
-            progress=advance,
-        )
-    entries = _entries(missing, files, measurement)
+    compiled = compile_items(space, device, missing, work, seed=seed)
+    files = [c.path for c in compiled if c.path is not None]
+    if not files and any(c.failure for c in compiled):
+        first = next(c for c in compiled if c.failure)
+        raise InputError(f"{first.item}: {first.failure}; expected at least one block that works")
+    if files:
+        with progress(f"Timing {len(files)} blocks, {device.precision}", total=rounds) as advance:
+            measurement = device.measure(
+                files,
+                rounds=rounds,
+                seed=seed,
+                work=work,
+                progress=advance,
+                seconds=seconds,
+                keep_failures=True,
+            )
+    else:
+        measurement = Measurement((), 0.0, np.empty((0, 0)))
+    entries, failures = _entries(compiled, measurement)
     header = {
         **device.fingerprint(),
         "batch": str(BATCH),
-        "protocol": "each alone, warm, interleaved rounds in random order, 10th percentile",
+        "protocol": PLANNED if device.kind == "roofline" else PROTOCOL,
         "rounds": str(rounds),
-        "noise_floor": f"{measurement.noise_floor:.4f}",
+        **_circumstances(measurement),
+        **(
+            {"failed": "; ".join(f"{item}: {words}" for item, words in failures)}
+            if failures
+            else {}
+        ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "space": space.name,
         "fbnas": fbnas.__version__,
@@ -117,7 +186,29 @@ def profile(
     return table
 
 
-def require_same_device(table: LatencyTable, device: Device) -> None:
+def work_folder(table_path: Path) -> Path:
+    """Return the folder beside a table that holds the work under way."""
+    return table_path.with_name(f"{table_path.name}.partial")
+
+
+def estimated_seconds(
+    items: Sequence[Shape], space: SearchSpace, device: AnyDevice, rounds: int
+) -> tuple[float, float]:
+    """Return about how long compiling and timing will take, from what was seen on 2-core x86.
+
+    A visit runs a block twice, for at least 0.4 ms in all; slow processors need longer.
+    """
+    compiling = COMPILE_SECONDS.get(device.runtime, 1.0) * len(items)
+    visits_ms = 0.0
+    for item in items:
+        module = build(item, space)
+        if not isinstance(module, nn.Identity) and device.kind != "roofline":
+            sizes = count(module, (item.in_channels, item.height, item.width))
+            visits_ms += max(LEAST_VISIT_MS, 2 * sizes.macs / MACS_PER_MS)
+    return compiling, rounds * visits_ms / 1e3
+
+
+def require_same_device(table: LatencyTable, device: AnyDevice) -> None:
     """Check that `table` was measured as `device` would be.
 
     Raises:
@@ -125,6 +216,8 @@ def require_same_device(table: LatencyTable, device: Device) -> None:
     """
     for key, value in device.fingerprint().items():
         stated = table.header.get(key, "")
+        if not stated and value in ADDED_LATER.get(key, ()):
+            continue
         if key in SAME_DEVICE and stated != value:
             raise InputError(
                 f"{table.name} was measured with {key} {stated or '(not stated)'}, here it is "
@@ -160,17 +253,12 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _compile(
-    space: SearchSpace, device: Device, items: Sequence[Shape], work: Path, *, seed: int
-) -> list[Path | None]:
-    """Return a model file per item, None for identities; those of an interrupted plan are kept."""
-    stated = {
-        "items": [str(item) for item in items],
-        "space": space.to_dict(),
-        "device": device.fingerprint(),
-        "seed": seed,
-        "fbnas": fbnas.__version__,
-    }
+def prepare_folder(work: Path, stated: Mapping[str, object], way_out: str) -> None:
+    """Make a folder for work that can be continued; work of another kind in it is dropped.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     plan_file = work / "plan.json"
     if not plan_file.is_file() or read_json(plan_file) != stated:
         shutil.rmtree(work, ignore_errors=True)
@@ -180,58 +268,164 @@ def _compile(
     except OSError as error:
         raise InputError(
             f"{work} cannot be written ({error.strerror}); expected a folder that you may write "
-            "to: give another table=FILE"
+            f"to: give another {way_out}"
         ) from error
-    files: list[Path | None] = []
+
+
+def compile_items(
+    space: SearchSpace, device: AnyDevice, items: Sequence[Shape], work: Path, *, seed: int = 0
+) -> list[Compiled]:
+    """Write a model file per item into `work`; those of an interrupted plan are kept.
+
+    Raises:
+        InputError: the folder cannot be written, or there is no converter.
+    """
+    stated = {
+        "items": [str(item) for item in items],
+        "space": space.to_dict(),
+        "device": device.fingerprint(),
+        "seed": seed,
+        "fbnas": fbnas.__version__,
+    }
+    prepare_folder(work, stated, "table=FILE")
+    found = []
     name = f"Compiling {len(items)} blocks, {device.precision}"
     with one_torch_thread(), progress(name, total=len(items)) as advance:
         for index, item in enumerate(items):
-            torch.manual_seed(seed)
-            module = build(item, space)
-            path = work / "models" / f"{index:04d}.onnx"
-            if isinstance(module, nn.Identity):
-                files.append(None)
-            else:
-                if not path.exists():
-                    device.compile(
-                        enliven_(module, seed),
-                        (item.in_channels, item.height, item.width),
-                        path,
-                        batch=BATCH,
-                    )
-                files.append(path)
+            path = work / "models" / f"{index:04d}{device.suffix}"
+            found.append(_compiled(space, device, item, path, seed=seed))
+            advance(1)
+    return found
+
+
+def _compiled(
+    space: SearchSpace, device: AnyDevice, item: Shape, path: Path, *, seed: int
+) -> Compiled:
+    torch.manual_seed(seed)
+    module = build(item, space)
+    if isinstance(module, nn.Identity):
+        return Compiled(item, None)
+    enliven_(module, seed)
+    shape = (item.in_channels, item.height, item.width)
+    try:
+        if not path.exists():
+            device.compile(module, shape, path, batch=BATCH)
+        cost = module_cost(module, shape, device.precision)
+    except ConversionError as error:
+        return Compiled(item, None, failure=str(error))
+    energy_mj = None if isinstance(device, Device) else device.energy_mj(cost)
+    return Compiled(item, path, energy_mj=energy_mj, peak_mb=cost.peak_bytes / 1e6)
+
+
+def compile_networks(
+    architectures: Sequence[Architecture],
+    space: SearchSpace,
+    device: AnyDevice,
+    folder: Path,
+    *,
+    classes: int = 1000,
+    seed: int = 0,
+) -> list[Path]:
+    """Write a model file per untrained network, 000, 001, ...; files that are there are kept.
+
+    Raises:
+        ConversionError: a network cannot be converted.
+        InputError: the folder cannot be written, or there is no converter.
+    """
+    stated = {
+        "architectures": [list(architecture.blocks) for architecture in architectures],
+        "space": space.to_dict(),
+        "device": device.fingerprint(),
+        "classes": classes,
+        "seed": seed,
+        "fbnas": fbnas.__version__,
+    }
+    prepare_folder(folder, stated, "out=DIR or table=FILE")
+    shape = (space.input_channels, space.resolution, space.resolution)
+    files = []
+    compiling = progress("Compiling whole networks", total=len(architectures))
+    with one_torch_thread(), compiling as advance:
+        for index, architecture in enumerate(architectures):
+            files.append(folder / "models" / f"{index:03d}{device.suffix}")
+            if not files[-1].exists():
+                torch.manual_seed(seed)
+                network = build_network(space, architecture, classes)
+                device.compile(enliven_(network, seed), shape, files[-1])
             advance(1)
     return files
 
 
 def _entries(
-    items: Sequence[Shape], files: Sequence[Path | None], measurement: Measurement
-) -> list[Entry]:
-    """Return a row per item: the next timing where it has a file, zeros for an identity."""
-    timings = iter(measurement.timings)
-    entries = []
-    for item, file in zip(items, files, strict=True):
-        timing = IDENTITY if file is None else next(timings)
-        value, low, high = (
-            round(ms, 6) for ms in (timing.latency_ms, timing.low_ms, timing.high_ms)
+    compiled: Sequence[Compiled], measurement: Measurement
+) -> tuple[list[Entry], list[tuple[Shape, str]]]:
+    """Return a row per shape that works, zeros for an identity, and the others with the reason."""
+    numbers = iter(range(len(measurement.timings)))
+    entries, failures = [], []
+    for c in compiled:
+        if c.failure is not None:
+            failures.append((c.item, c.failure))
+            continue
+        timing: Timing | None = IDENTITY
+        if c.path is not None:
+            index = next(numbers)
+            timing = measurement.timings[index]
+        if timing is None:
+            failures.append((c.item, measurement.failures[index]))
+            continue
+        entries.append(
+            Entry(
+                c.item,
+                round(timing.latency_ms, 6),
+                round(timing.low_ms, 6),
+                round(timing.high_ms, 6),
+                timing.samples,
+                energy_mj=_rounded(c.energy_mj),
+                peak_mb=_rounded(c.peak_mb),
+            )
         )
-        entries.append(Entry(item, value, low, high, timing.samples))
-    return entries
+    return entries, failures
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _circumstances(measurement: Measurement) -> dict[str, str]:
+    """Return the header's lines about how quiet the machine was."""
+    busy = []
+    if not measurement.quiet:
+        busy.append(f"test and retest differ by {100 * measurement.noise_floor:.1f} %")
+    if measurement.load is not None and measurement.load > BUSY_LOAD:
+        busy.append(f"other processes used {100 * measurement.load:.0f} % of its cores")
+    load = {} if measurement.load is None else {"load": f"{measurement.load:.3f}"}
+    return {
+        "noise_floor": f"{measurement.noise_floor:.4f}",
+        "drift": f"{measurement.drift:.4f}",
+        **load,
+        "unstable": str(measurement.unstable),
+        "quiet": f"no ({', '.join(busy)})" if busy else "yes",
+    }
 
 
 def _extended(
     known: LatencyTable, header: Mapping[str, str], entries: Sequence[Entry]
 ) -> LatencyTable:
-    """Return the table with more rows; of two noise floors the larger one holds for all rows."""
+    """Return the table with more rows; the worse circumstances hold for all of them."""
     spaces = [*known.header.get("space", "").split(), header["space"]]
-    noise_floor = max(known.noise_floor, float(header["noise_floor"]))
-    kept = dict(known.header)
+    held = known.entries
+    kept = {key: value for key, value in known.header.items() if key != "failed"}
+    kept |= {key: header[key] for key in ("failed",) if key in header}
+    for key in ("noise_floor", "drift", "load", "unstable"):
+        if key in header:
+            kept[key] = max(kept.get(key, "0"), header[key], key=float)
+    if header["quiet"] != "yes":
+        kept["quiet"] = header["quiet"]
     if header["space"] not in known.header.get("space", "").split():
         for key in CORRECTION:  # it was fitted on networks of another space
             kept.pop(key, None)
+        held = tuple(replace(entry, corrected_ms=None) for entry in held)
     merged = {
         **kept,
         "space": " ".join(dict.fromkeys(spaces)),
-        "noise_floor": f"{noise_floor:.4f}",
     }
-    return LatencyTable(merged, [*known.entries, *entries])
+    return LatencyTable(merged, [*held, *entries])

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from fbnas.space import SearchSpace
 
-CORRECTION = ("correction_scale", "correction_base_ms", "calibration")  # header keys
+CORRECTION = (  # header keys
+    "correction_scale",
+    "correction_base_ms",
+    "calibration",
+    "calibration_error",
+    "calibration_spearman",
+    "calibration_noise_floor",
+)
 OVERHEAD = Shape("overhead", 1, 1, 1, 1, 1)
 
 
@@ -92,6 +99,11 @@ class LatencyTable:
         return float(self.header["noise_floor"])
 
     @property
+    def quiet(self) -> str:
+        """`yes`, or `no` and why, where the machine was busy; tables of old say nothing: yes."""
+        return self.header.get("quiet", "yes")
+
+    @property
     def correction(self) -> tuple[float, float]:
         """(scale, base in ms) that `tensor` applies; (1, 0) for a table that was not calibrated."""
         scale = float(self.header.get("correction_scale", 1.0))
@@ -147,7 +159,8 @@ class LatencyTable:
         Every row was measured in a run of its own, a network is one run: the overhead of a run is
         taken from each row and added once to the base. Without that, networks of 0.03 to 0.3 ms are
         predicted 27 % too slow, with it 5 % (space quickstart, 2-core x86). A calibrated table's
-        correction is then applied: latency * scale, base * scale + correction_base_ms.
+        correction is then applied: every row times scale, or its own corrected_ms where it has
+        one; correction_base_ms is added to the base.
 
         Args:
             classes: which classifier; None takes the only one that fits, or that of 1000 classes.
@@ -159,11 +172,10 @@ class LatencyTable:
         Raises:
             InputError: a shape that the table does not hold.
         """
-        latency_ms = self._filled(space, self._added_ms)
-        fixed = self._fixed(space, classes)
-        base_ms = self.overhead_ms + sum(self._added_ms(entry) for entry in fixed)
+        latency_ms = self._filled(space, self._corrected_ms)
+        fixed_ms = sum(self._corrected_ms(entry) for entry in self._fixed(space, classes))
         scale, correction_base_ms = self.correction
-        return latency_ms * scale, base_ms * scale + correction_base_ms
+        return latency_ms, self.overhead_ms * scale + fixed_ms + correction_base_ms
 
     def energy(self, space: "SearchSpace", *, classes: int | None = None) -> tuple["Tensor", float]:
         """Return what E(a) = base + sum over layers of energy[layer, block] needs, like `tensor`.
@@ -240,6 +252,12 @@ class LatencyTable:
     def _added_ms(self, entry: Entry) -> float:
         """What a row adds to a network."""
         return max(entry.latency_ms - self.overhead_ms, 0.0)
+
+    def _corrected_ms(self, entry: Entry) -> float:
+        """What a row adds to a network by the calibration, if there is one."""
+        if entry.corrected_ms is not None:
+            return entry.corrected_ms
+        return self._added_ms(entry) * self.correction[0]
 
     def _stem(self, space: "SearchSpace") -> Entry:
         side = space.resolution

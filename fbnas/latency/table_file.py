@@ -33,8 +33,9 @@ class Entry:
     """One row: a shape's latency and the interval that encloses it, in ms; energy, peak memory.
 
     `samples` 0 says that there was nothing to measure: an identity. `energy_mj` is that of one run
-    in millijoules, `peak_mb` the most memory that it holds at once in MB (1e6 bytes); None where
-    the table does not know.
+    in millijoules, `peak_mb` the most memory that it holds at once in MB (1e6 bytes),
+    `corrected_ms` what the row adds to a whole network by calibration; None where the table does
+    not know.
     """
 
     shape: Shape
@@ -44,11 +45,12 @@ class Entry:
     samples: int
     energy_mj: float | None = None
     peak_mb: float | None = None
+    corrected_ms: float | None = None
 
 
 MEASURED = ("latency_ms", "low_ms", "high_ms", "samples")
 COLUMNS = (*Shape._fields, *MEASURED)
-OPTIONAL = ("energy_mj", "peak_mb")  # after the others, in this order; a file may have either
+OPTIONAL = ("energy_mj", "peak_mb", "corrected_ms")  # after the others, in this order; any of them
 
 
 def _is_count(text: str) -> bool:
@@ -74,6 +76,9 @@ HEADER_CHECKS: dict[
     "noise_floor": (_is_fraction, "a fraction from 0", True),
     "correction_scale": (_is_scale, "a number above 0", False),
     "correction_base_ms": (lambda text: _number(text) is not None, "a number of ms", False),
+    "calibration_error": (_is_fraction, "a fraction from 0", False),
+    "calibration_spearman": (lambda text: _number(text) is not None, "a number to 1", False),
+    "calibration_noise_floor": (_is_fraction, "a fraction from 0", False),
 }
 
 
@@ -207,7 +212,7 @@ def _parse_columns(path: Path, number: int, line: str | None) -> tuple[str, ...]
     columns = tuple(line.split(",")) if line is not None else ()
     if columns != (*COLUMNS, *(name for name in OPTIONAL if name in columns)):
         found = "the end of the file" if line is None else repr(line)
-        expected = f"the columns {','.join(COLUMNS)}, then {' and '.join(OPTIONAL)} or neither"
+        expected = f"the columns {','.join(COLUMNS)}, then any of {','.join(OPTIONAL)}"
         _damaged(path, number, f"found {found}", expected)
     return columns
 
@@ -237,11 +242,11 @@ def _judged(column: str, text: str) -> tuple[bool, str]:
     """Say whether a field is good, and what its column takes."""
     if column == "block":
         return bool(text.strip()), "a block's name"
+    if column in OPTIONAL:
+        unit = {"mj": "mJ", "mb": "MB", "ms": "ms"}[column[-2:]]
+        return not text or _is_fraction(text), f"a number of {unit}, not negative, or nothing"
     if column.endswith("_ms"):
         return _is_fraction(text), "a number of ms, not negative"
-    if column in OPTIONAL:
-        unit = "mJ" if column == "energy_mj" else "MB"
-        return not text or _is_fraction(text), f"a number of {unit}, not negative, or nothing"
     if column == "samples":
         return text.isascii() and text.isdigit(), "a whole number from 0"
     return _is_count(text), "a whole number from 1"

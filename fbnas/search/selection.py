@@ -82,13 +82,11 @@ class Limit:
         return known & (self.cost <= self.most) if self.kind == "max" else known
 
     def written(self, value: float) -> str:
-        """Write a cost with its unit: 3.2 ms, 1.2 M params."""
+        """Write a cost with its unit: 3.2 ms, 1.2 M params, 81290 params."""
         if self.name != "params":
             return f"{value:.4g} {self.unit}"
-        factor, prefix = next(
-            ((f, p) for f, p in ((1e6, " M"), (1e3, " k")) if abs(value) >= f), (1, "")
-        )
-        return f"{value / factor:.4g}{prefix} {self.unit}"
+        millions = abs(value) >= 1e6
+        return f"{value / 1e6:.4g} M {self.unit}" if millions else f"{value:.0f} {self.unit}"
 
     def range_text(self) -> str:
         """Say what the cheapest and the dearest network cost."""

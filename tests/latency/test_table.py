@@ -1,6 +1,7 @@
 """The latency table: round trip, look-up, tensor, and every kind of damage with its words."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,97 @@ def test_the_classifier_is_the_only_one_or_that_of_1000_classes(
         with_classes(2, 10).tensor(space)
     with pytest.raises(InputError, match=r"No latency for classifier \(8 -> 5,.*classes=5 table="):
         with_classes(10).tensor(space, classes=5)
+
+
+def with_columns(table: LatencyTable, *columns: str) -> LatencyTable:
+    """Energy 1, 2, ... mJ and peak memory 0.5, 1, ... MB, as far as asked for; no row's third."""
+    values = {"energy_mj": 1.0, "peak_mb": 0.5}
+    entries = [
+        entry if i == 3 else replace(entry, **{c: i * values[c] for c in columns})
+        for i, entry in enumerate(table.entries, start=1)
+    ]
+    return LatencyTable(HEADER, entries)
+
+
+@pytest.mark.parametrize("columns", [("energy_mj",), ("peak_mb",), ("energy_mj", "peak_mb")])
+def test_optional_columns_read_back_and_are_written_only_where_known(
+    columns: tuple[str, ...], table: LatencyTable, saved: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "more.csv"
+    more = with_columns(table, *columns)
+    more.save(path)
+    assert LatencyTable.load(path) == more
+    assert LatencyTable.load(path) != table
+    assert f"samples,{','.join(columns)}\n" in path.read_text()
+    LatencyTable.load(path).save(tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
+    LatencyTable.load(saved).save(tmp_path / "without.csv")
+    assert (tmp_path / "without.csv").read_bytes() == saved.read_bytes()
+    assert "energy" not in saved.read_text()
+
+
+def test_energy_adds_up_and_peak_memory_is_the_most(
+    space: SearchSpace, table: LatencyTable
+) -> None:
+    entries = with_columns(table, "energy_mj", "peak_mb").entries
+    known = [entry for entry in entries if entry.shape != entries[2].shape]
+    third = replace(entries[2], energy_mj=40.0, peak_mb=30.0)
+    full = LatencyTable(HEADER, [third, *known])
+    cost = {entry.shape: entry for entry in full.entries}
+    for tensor, base, key, combine in (
+        (*full.energy(space), "energy_mj", sum),
+        (*full.peak(space), "peak_mb", max),
+    ):
+        for layer in space.layers:
+            for column, block in enumerate(space.blocks):
+                expected = getattr(cost[Shape(block, 4, 4, 1, 8, 8)], key)
+                assert tensor[layer.index, column].item() == expected
+        fixed = [e for e in full.entries if e.shape.block in ("stem", "head", "classifier")]
+        assert base == combine(getattr(e, key) for e in fixed)  # the overhead plays no part
+        assert tensor.dtype == torch.float64
+
+
+def test_what_a_table_does_not_know_of_energy_and_memory(
+    space: SearchSpace, table: LatencyTable
+) -> None:
+    with pytest.raises(InputError, match=r"no column energy_mj; .*with device=roofline"):
+        table.energy(space)
+    with pytest.raises(InputError, match=r"no column peak_mb; .*again with this fbnas"):
+        table.peak(space)
+    partly = with_columns(table, "energy_mj", "peak_mb")
+    unknown = partly.entries[2]
+    with pytest.raises(InputError, match=f"no energy_mj of {unknown.shape.block}"):
+        partly.energy(space)
+    identity = [
+        replace(e, latency_ms=0.0, low_ms=0.0, high_ms=0.0, samples=0) if e is unknown else e
+        for e in partly.entries
+    ]
+    column = space.blocks.index(unknown.shape.block)
+    assert (LatencyTable(HEADER, identity).energy(space)[0][:, column] == 0).all()
+    assert (LatencyTable(HEADER, identity).peak(space)[0][:, column] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "words"),
+    [
+        (r"(stem,.*),2.0,1.0\n", r"\1,fast,1.0\n", "line 12: energy_mj is 'fast'; .* of mJ, not n"),
+        (r"(stem,.*),2.0,1.0\n", r"\1,2.0,-1\n", "line 12: peak_mb is '-1'; .*number of MB, not n"),
+        (r"(stem,.*),1.0\n", r"\1\n", "line 12: found 11 fields in 'stem,.*expected 12 fields"),
+        ("energy_mj,peak_mb", "peak_mb,energy_mj", "line 10: found 'block,.*expected the columns"),
+        ("energy_mj", "energy", "line 10: found 'block,.*expected the columns"),
+    ],
+)
+def test_damage_in_optional_columns_is_named_by_line(
+    pattern: str, replacement: str, words: str, table: LatencyTable, tmp_path: Path
+) -> None:
+    path = tmp_path / "more.csv"
+    with_columns(table, "energy_mj", "peak_mb").save(path)
+    damaged = re.sub(pattern, replacement, path.read_text(), count=1)
+    assert damaged != path.read_text()
+    path.write_text(damaged)
+    with pytest.raises(InputError, match=words) as refusal:
+        LatencyTable.load(path)
+    assert str(refusal.value).startswith(f"{path}, line ")
 
 
 DAMAGE = {

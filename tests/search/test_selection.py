@@ -1,12 +1,21 @@
 """Exact selection against brute force."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fbnas.errors import InputError
-from fbnas.search import check_budget, latency_range, most_probable_within
+from fbnas.search import (
+    Limit,
+    check_budget,
+    check_limits,
+    latency_range,
+    lowest_within,
+    most_probable_within,
+)
 from fbnas.space import SearchSpace
 
 
@@ -76,3 +85,123 @@ def test_budgets_out_of_range_are_answered_with_both_numbers() -> None:
 def test_columns_without_names_need_the_space() -> None:
     with pytest.raises(ValueError, match="pass space="):
         most_probable_within(torch.ones(4, 3), torch.ones(4, 3), budget_ms=9.0)
+
+
+def random_problem(seed: int) -> tuple[torch.Tensor, list[Limit]]:
+    """Probabilities of 4 layers and 4 blocks, and three limits that cut a part off each."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.double}
+    p = (3 * torch.randn(4, 4, **draw)).softmax(1)  # type: ignore[call-overload]
+    costs = torch.rand(3, 4, 4, **draw)  # type: ignore[call-overload]
+    costs[:, 1, 2] = torch.nan
+    limits = []
+    for (name, unit, kind), cost in zip(
+        (("latency", "ms", "sum"), ("energy", "mJ", "sum"), ("peak", "MB", "max")),
+        costs,
+        strict=True,
+    ):
+        free = Limit(name, unit, 1e-3 * cost if kind == "max" else cost, math.inf, 0.5e-3, kind)
+        low, high = free.range()
+        budget = low + (0.4 if kind == "sum" else 0.7) * (high - low)
+        limits.append(replace(free, budget=budget))
+    return p, limits
+
+
+def fitting_paths(limits: list[Limit]) -> list[tuple[int, ...]]:
+    """Every network within the budgets; the costs are reckoned here, not by the limits."""
+    paths = []
+    for path in itertools.product(range(4), repeat=4):
+        chosen = [[float(limit.cost[i, j]) for i, j in enumerate(path)] for limit in limits]
+        totals = [limit.base + sum(c) for limit, c in zip(limits[:2], chosen, strict=False)]
+        totals.append(max(limits[2].base, *chosen[2]))
+        if all(t <= limit.budget for t, limit in zip(totals, limits, strict=True)):
+            paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_selection_within_two_sums_and_a_maximum_is_exact(seed: int) -> None:
+    p, limits = random_problem(seed)
+    fitting = fitting_paths(limits)
+    for left_out in range(3):  # every budget plays a part
+        others = [replace(x, budget=math.inf) if i == left_out else x for i, x in enumerate(limits)]
+        assert len(fitting_paths(others)) > len(fitting) > 3
+    space = small_space(4)
+    latency = limits[0]
+    found = most_probable_within(
+        p,
+        latency.cost,
+        budget_ms=latency.budget,
+        base_ms=latency.base,
+        count=len(fitting) + 1,
+        space=space,
+        limits=limits[1:],
+    )
+    scores = [sum(float(p[i, j].log()) for i, j in enumerate(path)) for path in fitting]
+    assert [a.provenance["log_probability"] for a in found] == pytest.approx(
+        sorted(scores, reverse=True)
+    )
+    blocks = {tuple(space.blocks[j] for j in path) for path in fitting}
+    assert {a.blocks for a in found} == blocks
+    costs = [sum(float(limits[1].cost[i, j]) for i, j in enumerate(path)) for path in fitting]
+    least = limits[1].base + min(costs)
+    assert lowest_within(limits[1], [limits[0], limits[2]]) == pytest.approx(least)
+
+
+def test_without_a_budget_of_latency_the_others_decide() -> None:
+    p, limits = random_problem(0)
+    free = [replace(limits[0], budget=math.inf), *limits[1:]]
+    scores = [sum(float(p[i, j].log()) for i, j in enumerate(path)) for path in fitting_paths(free)]
+    (best,) = most_probable_within(
+        p, limits[0].cost, budget_ms=None, count=1, space=small_space(4), limits=limits[1:]
+    )
+    assert best.provenance["log_probability"] == pytest.approx(max(scores))
+    assert best.provenance["predicted_latency_ms"] > 0
+
+
+def test_a_network_at_its_very_budgets_fits() -> None:
+    cost = torch.tensor([[0.1, 0.7, 1.3]] * 4, dtype=torch.double)
+    params = Limit("params", "params", 1e6 * cost, 400_000 + 10_000_000, 10_000_000)
+    energy = Limit("energy", "mJ", cost, 0.4 + 1e3, 1e3)
+    found = most_probable_within(
+        torch.full((4, 3), 1 / 3),
+        cost,
+        budget_ms=0.4,
+        count=9,
+        space=small_space(3),
+        limits=[params, energy],
+    )
+    assert len(found) == 1
+    assert found[0].provenance["params"] == 10_400_000
+
+
+def test_further_budgets_that_nothing_fits_are_answered_with_both_ends() -> None:
+    cost = torch.tensor([[1.0, 2.0, torch.nan]] * 4, dtype=torch.double)
+    space = small_space(3)
+
+    def select(*limits: Limit, budget_ms: float | None = None) -> None:
+        most_probable_within(
+            torch.ones(4, 3), cost, budget_ms=budget_ms, space=space, limits=limits
+        )
+
+    energy = Limit("energy", "mJ", cost, 3.0, 0.1)
+    with pytest.raises(
+        InputError, match=r"No network fits 3 mJ: the lowest needs 4.1 mJ and the highest 8.1 mJ by"
+    ):
+        select(energy)
+    peak = Limit("peak", "MB", cost, 0.9, 0.1, "max")
+    with pytest.raises(
+        InputError, match=r"fits 0.9 MB: the lowest needs 1 MB and the highest 2 MB"
+    ):
+        select(peak)
+    with pytest.raises(InputError, match=r"fits 0.9 MB: the lowest needs 1.5 MB"):
+        select(replace(peak, base=1.5))
+    opposite = Limit("params", "params", 3.0 - cost, 5.0)  # cheap in one is dear in the other
+    together = r"No network fits 5 ms, 5 params together: .* lowest are 4 ms, 4 params"
+    with pytest.raises(InputError, match=together):
+        select(opposite, budget_ms=5.0)
+    with pytest.raises(InputError, match=together):
+        check_limits([Limit("latency", "ms", cost, 5.0), opposite])
+    with pytest.raises(InputError, match="max_params=9 is met by every network"):
+        check_limits([replace(opposite, budget=9.0)])
+    check_limits([Limit("latency", "ms", cost, 7.0), replace(opposite, budget=9.0)])

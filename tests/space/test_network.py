@@ -11,6 +11,7 @@ from fbnas.space import (
     Architecture,
     NetworkCard,
     SearchSpace,
+    block_params,
     build_network,
     count,
     load_network,
@@ -39,6 +40,20 @@ def test_fbnet_b_and_c_without_their_classifier() -> None:
     for name, macs in (("fbnet_b", 294.63), ("fbnet_c", 382.98)):
         found = count(build_network(space, Architecture.load(name)), (3, 224, 224))
         assert round((found.macs - 1984 * 1000) / 1e6, 2) == macs
+
+
+@pytest.mark.parametrize("name", ["quickstart", "fbnet_cifar"])
+def test_the_parameters_of_blocks_add_up_to_those_of_networks(name: str) -> None:
+    space = SearchSpace.load(name)
+    params, base = block_params(space, 10)
+    assert params.isnan().equal(~space.offered)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        path = torch.multinomial(space.offered.double(), 1, generator=generator)
+        with torch.device("meta"):
+            network = build_network(space, Architecture.from_path(space, path[:, 0].tolist()), 10)
+        found = count(network, network.input_shape).params
+        assert base + int(params.gather(1, path).sum()) == found
 
 
 @pytest.mark.parametrize("name", shipped_names("architecture"))
