@@ -102,7 +102,7 @@ def random_problem(seed: int) -> tuple[torch.Tensor, list[Limit]]:
     ):
         free = Limit(name, unit, 1e-3 * cost if kind == "max" else cost, math.inf, 0.5e-3, kind)
         low, high = free.range()
-        budget = low + (0.4 if kind == "sum" else 0.7) * (high - low)
+        budget = low + (0.45 if kind == "sum" else 0.8) * (high - low)
         limits.append(replace(free, budget=budget))
     return p, limits
 
@@ -125,7 +125,7 @@ def test_selection_within_two_sums_and_a_maximum_is_exact(seed: int) -> None:
     fitting = fitting_paths(limits)
     for left_out in range(3):  # every budget plays a part
         others = [replace(x, budget=math.inf) if i == left_out else x for i, x in enumerate(limits)]
-        assert len(fitting_paths(others)) > len(fitting) > 3
+        assert len(fitting_paths(others)) > len(fitting) > 1
     space = small_space(4)
     latency = limits[0]
     found = most_probable_within(
