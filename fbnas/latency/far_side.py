@@ -5,11 +5,13 @@
     python3 -c TEXT measure FOLDER OPTIONS    execute the job in the folder
     python3 -c TEXT remove     {"base", "name"}: end the job and remove the folder
 
-The first two and the last read JSON from stdin. `base` is the folder of the user, or null for the
-one of temporary files; `name` is ours, made in it; `wanted` are digests (SHA-256) by file name.
+Three of them read JSON from stdin. `base` is the user's folder, or null for the one of temporary
+files; `name` is ours, made in it; `wanted` are digests (SHA-256) by file name.
 
 Stdlib of python 3.8, POSIX; no fbnas. No backslash may stand in this file: shells differ in them.
 """
+
+from __future__ import annotations
 
 import fcntl
 import hashlib
@@ -22,53 +24,54 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import IO, Any
 
 LOCK = "runner.lock"
 WAITS = 200  # of 50 ms, for a killed process to end
 
 
-def facts(files, runtime):
+def facts(files: dict[str, str], runtime: str) -> int:
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         for name, text in files.items():
-            with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-                file.write(text)
+            Path(folder, name).write_text(text, encoding="utf-8")
         command = [sys.executable, "runner.py", "--facts", runtime]
         return subprocess.call(command, cwd=folder, stdin=subprocess.DEVNULL)
 
 
-def prepare(base, name, wanted):
+def prepare(base: str | None, name: str, wanted: dict[str, str]) -> int:
     """Prints {"folder": path, "missing": names, "free": bytes}; what is not wanted is removed."""
     folder = place(base, name)
     if base:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.mkdir(folder, 0o700)
+        folder.mkdir(0o700)
     except FileExistsError:
-        found = os.lstat(folder)
+        found = os.lstat(str(folder))
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            sys.exit(folder + " belongs to somebody else")
+            sys.exit(f"{folder} belongs to somebody else")
     lock(folder).close()
     have = set()
-    for entry in os.listdir(folder):
-        path = os.path.join(folder, entry)
-        if entry in wanted and digest(path) == wanted[entry]:
-            have.add(entry)
-        elif os.path.isdir(path):
-            shutil.rmtree(path)
-        elif entry != LOCK:
-            os.unlink(path)
-    missing = [entry for entry in wanted if entry not in have]
-    say({"folder": folder, "missing": missing, "free": shutil.disk_usage(folder).free})
+    for path in folder.iterdir():
+        if path.name in wanted and digest(path) == wanted[path.name]:
+            have.add(path.name)
+        elif path.is_dir():
+            shutil.rmtree(str(path))
+        elif path.name != LOCK:
+            path.unlink()
+    missing = [name for name in wanted if name not in have]
+    free = shutil.disk_usage(str(folder)).free
+    say({"folder": str(folder), "missing": missing, "free": free})
     return 0
 
 
-def measure(folder, *options):
+def measure(folder: str, *options: str) -> int:
     """Executes the runner; a signal that ended it becomes 128 and its number, as in a shell.
 
     This process waits instead of becoming the runner: ssh tells nothing of signals.
     """
-    with lock(folder) as held:
-        command = [sys.executable, os.path.join(folder, "runner.py"), folder, "--with-parent"]
+    with lock(Path(folder)) as held:
+        command = [sys.executable, str(Path(folder, "runner.py")), folder, "--with-parent"]
         child = subprocess.Popen([*command, *options], pass_fds=[held.fileno()])
         try:
             held.truncate(0)
@@ -77,29 +80,27 @@ def measure(folder, *options):
             code = child.wait()
         finally:
             child.kill()
-    loading = os.path.join(folder, "loading.json")
-    if code < 0 and os.path.exists(loading):
-        with open(loading) as file:
-            index = json.load(file)
+    loading = Path(folder, "loading.json")
+    if code < 0 and loading.exists():
         sys.stdout.write("crashed 1/1" + os.linesep)
-        say(index)
+        say(json.loads(loading.read_text()))
     return 128 - code if code < 0 else code
 
 
-def remove(base, name):
+def remove(base: str | None, name: str) -> int:
     folder = place(base, name)
-    if os.path.isdir(folder):
+    if folder.is_dir():
         lock(folder).close()
-        shutil.rmtree(folder)
+        shutil.rmtree(str(folder))
     return 0
 
 
-def lock(folder):
+def lock(folder: Path) -> IO[str]:
     """Returns an open file; while it is open here or in a runner, nobody else works in the folder.
 
     A runner that outlived its link is killed: it would disturb the next one.
     """
-    file = open(os.path.join(folder, LOCK), "a+")
+    file = (folder / LOCK).open("a+")
     for _ in range(WAITS):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,24 +114,22 @@ def lock(folder):
             except ProcessLookupError:
                 pass
             time.sleep(0.05)
-    sys.exit("an earlier measuring process in " + folder + " does not end")
+    sys.exit(f"an earlier measuring process in {folder} does not end")
 
 
-def place(base, name):
-    return os.path.join(
-        os.path.abspath(os.path.expanduser(base) if base else tempfile.gettempdir()), name
-    )
+def place(base: str | None, name: str) -> Path:
+    return Path(base or tempfile.gettempdir()).expanduser().absolute() / name
 
 
-def digest(path):
+def digest(path: Path) -> str:
     found = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for piece in iter(lambda: file.read(1 << 20), b""):
             found.update(piece)
     return found.hexdigest()
 
 
-def say(content):
+def say(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content) + os.linesep)
     sys.stdout.flush()
 
