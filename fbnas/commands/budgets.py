@@ -7,6 +7,7 @@ from typing import Any
 
 from fbnas.errors import InputError
 from fbnas.search import Limit
+from fbnas.search.objectives import Objective
 from fbnas.space import Architecture, SearchSpace
 
 BUDGETS = {  # option: what it counts
@@ -28,6 +29,17 @@ def check_budgets(config: Mapping[str, Any]) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < math.inf):
             raise InputError(f"{option}={value!r}; expected a positive number of {unit}.")
+
+
+def check_objective(objective: Objective, config: Mapping[str, Any]) -> None:
+    """Refuse an objective that needs a budget of latency where only others are given.
+
+    Raises:
+        InputError: with the way out.
+    """
+    given = given_budgets(config)
+    if given and "target_ms" not in given:
+        objective.check(None)
 
 
 def given_budgets(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from fbnas.commands import calibrate as calibrate_command
-from fbnas.commands.budgets import budgets_of, budgets_text, check_budgets, kept_text
+from fbnas.commands.budgets import (
+    budgets_of,
+    budgets_text,
+    check_budgets,
+    check_objective,
+    kept_text,
+)
 from fbnas.commands.compress import check_compression
 from fbnas.commands.evaluate import is_missed
 from fbnas.commands.folder import OutFolder
@@ -111,10 +117,11 @@ def _check(config: dict[str, Any]) -> None:
     for settings in (searching, training):
         build_augmentation(**settings.augment)
         choose_device(settings.device)
-    build_objective(**config["objective"])
+    objective = build_objective(**config["objective"])
     check_compression(config)
     check_fraction(config["target_fraction"])
     check_budgets(config)
+    check_objective(objective, config)
     if 0 < config["networks"] < calibration.LEAST_NETWORKS:
         raise InputError(
             f"networks={config['networks']}; expected 0, for no correction of the table, or at "

@@ -10,6 +10,7 @@ from fbnas.commands.budgets import (
     budgets_of,
     budgets_text,
     check_budgets,
+    check_objective,
     given_budgets,
     predicted_text,
 )
@@ -20,6 +21,7 @@ from fbnas.latency.table import LatencyTable
 from fbnas.latency.trust import doubts
 from fbnas.search import (
     ArchitectureDistribution,
+    LatencySource,
     SearchSettings,
     Target,
     build_objective,
@@ -39,9 +41,11 @@ def main(config: dict[str, Any]) -> int:
     objective = build_objective(**config["objective"])
     space = space_of(config)
     pairs = _pairs(config)
+    for _, budgets in pairs:
+        check_objective(objective, budgets)
     data = data_for(config, space)
     targets = [
-        choose_target(
+        target_of(
             LatencyTable.load(table),
             space,
             data.classes,
@@ -51,6 +55,7 @@ def main(config: dict[str, Any]) -> int:
         for table, budgets in pairs
     ]
     out = OutFolder(config)
+    _say_doubts(*(target.table for target in targets))
     result = search(
         space,
         data,
@@ -118,9 +123,16 @@ def choose_target(
         InputError: a budget out of the space's range, or a table that does not fit or lacks what a
             budget needs.
     """
-    for doubt in doubts(table):
-        log.warning("%s", doubt)
-    return target_of(table, space, classes, budgets=budgets, fraction=fraction)
+    target = target_of(table, space, classes, budgets=budgets, fraction=fraction)
+    _say_doubts(table)
+    return target
+
+
+def _say_doubts(*tables: LatencySource) -> None:
+    """Log why predictions of the tables are to be doubted, each reason once."""
+    lines = [x for table in tables if isinstance(table, LatencyTable) for x in doubts(table)]
+    for line in dict.fromkeys(lines):
+        log.warning("%s", line)
 
 
 def target_of(

@@ -20,12 +20,14 @@ def expected_latency(search: Search) -> Figure:
         name = f"E[LAT] for {ms(budget)}"
         y = [row["targets"][i]["expected_latency_ms"] for row in rows]
         data.append(_line(name, x, y, colour, unit=" ms"))
+        label.append(f"expected latency ends at {ms(y[-1])} for a target of {ms(budget)}")
+        if budget is None:  # the search had other budgets
+            continue
         dashed = {"color": colour, "dash": "dash", "width": 1.5}
         data.append(
             {"type": "scatter", "mode": "lines", "name": f"target {ms(budget)}", "line": dashed}
             | {"x": [x[0], x[-1]], "y": [budget, budget], "hoverinfo": "skip"}
         )
-        label.append(f"expected latency ends at {ms(y[-1])} for a target of {ms(budget)}")
     caption = "Expected latency of theta, base + Σ softmax(theta) · latency, against the target."
     if rows[0]["phase"] == "warmup":
         caption += " Shaded: the warm-up, in which theta sleeps."

@@ -27,7 +27,7 @@ class Target:
     """A device's table and a budget, as theta.json names them."""
 
     table: str
-    budget_ms: float
+    budget_ms: float | None
     base_ms: float
     latency_ms: Matrix
 
@@ -95,7 +95,7 @@ class Run:
     def target_index(self) -> int:
         """Which of the search's targets the run's own target_ms is."""
         assert self.search is not None
-        budgets = [t.budget_ms for t in self.search.targets]
+        budgets = [math.inf if t.budget_ms is None else t.budget_ms for t in self.search.targets]
         if self.target_ms is None or not budgets:
             return 0
         asked = self.target_ms

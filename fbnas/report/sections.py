@@ -10,7 +10,7 @@ from fbnas.report.figures import Figure
 from fbnas.report.markup import details, facts, note, number, table
 from fbnas.report.reading import Run
 from fbnas.report.summary import verdict
-from fbnas.report.words import THIN, TIMES, digits, ms, percent, scaled, signed
+from fbnas.report.words import DASH, THIN, TIMES, digits, ms, percent, scaled, signed
 
 VERDICT_MARKS = {"met": "✓", "close": "✓", "missed": "✗"}
 
@@ -139,11 +139,12 @@ def _search(run: Run) -> Section | None:
         return None
     rows = []
     for target in run.search.epochs[-1]["targets"]:
-        off = 100 * (target["expected_latency_ms"] / target["budget_ms"] - 1)
+        budget_ms = target["budget_ms"]  # None: the search had other budgets
+        off = 100 * (target["expected_latency_ms"] / budget_ms - 1) if budget_ms else None
         cells = (
-            ms(target["budget_ms"]),
+            ms(budget_ms),
             ms(target["expected_latency_ms"]),
-            f"{signed(off)}{THIN}%",
+            DASH if off is None else f"{signed(off)}{THIN}%",
             f"{target['entropy']:.2f}",
             f"{target['skips']:.2f}",
         )
