@@ -236,7 +236,11 @@ def lowest_within(limit: Limit, others: Sequence[Limit]) -> float:
 
 def _budgets(bounded: Sequence[Limit]) -> str:
     """4 ms and 1.5 mJ."""
-    return " and ".join(f"{x.budget:.6g} {x.unit}" for x in bounded) or "the space"
+    texts = [
+        f"{x.budget:.0f} params" if x.name == "params" else f"{x.budget:.6g} {x.unit}"
+        for x in bounded
+    ]
+    return " and ".join(texts) or "the space"
 
 
 def _refuse_conflict(bounded: Sequence[Limit]) -> None:

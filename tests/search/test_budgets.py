@@ -98,7 +98,7 @@ def test_blocks_over_the_peak_are_never_offered(monkeypatch: pytest.MonkeyPatch)
         return forward(self, images, gates)
 
     monkeypatch.setattr(Supernet, "forward", note)
-    result = run(targets=[target(9.0, budget_mb=0.5), target(6.0, budget_mb=0.4)])
+    result = run(targets=[target(budget_mb=0.5), target(6.0, budget_mb=0.4)])
     heavy = SPACE.blocks.index("k3_e3")
     assert not any(heavy in path for path in shown)
     for theta in result.distributions:
