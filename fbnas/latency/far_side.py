@@ -36,7 +36,9 @@ def facts(files: dict[str, str], runtime: str) -> int:
         for name, text in files.items():
             Path(folder, name).write_text(text, encoding="utf-8")
         command = [sys.executable, "runner.py", "--facts", runtime]
-        return subprocess.call(command, cwd=folder, stdin=subprocess.DEVNULL)
+        return subprocess.call(
+            command, cwd=folder, stdin=subprocess.DEVNULL, env=environment(folder)
+        )
 
 
 def prepare(base: str | None, name: str, wanted: dict[str, str]) -> int:
@@ -72,7 +74,9 @@ def measure(folder: str, *options: str) -> int:
     """
     with lock(Path(folder)) as held:
         command = [sys.executable, str(Path(folder, "runner.py")), folder, "--with-parent"]
-        child = subprocess.Popen([*command, *options], pass_fds=[held.fileno()])
+        child = subprocess.Popen(
+            [*command, *options], pass_fds=[held.fileno()], env=environment(folder)
+        )
         try:
             held.truncate(0)
             held.write(str(child.pid))
@@ -115,6 +119,11 @@ def lock(folder: Path) -> IO[str]:
                 pass
             time.sleep(0.05)
     sys.exit(f"an earlier measuring process in {folder} does not end")
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Returns one in which a runtime's own temporary files go into the folder, and so away."""
+    return {**os.environ, "TMPDIR": folder}
 
 
 def place(base: str | None, name: str) -> Path:

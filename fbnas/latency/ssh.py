@@ -130,6 +130,7 @@ class SSHHost:
         self.config = ["-F", ssh_config] if ssh_config else []
         self.by_hand = shlex.join(["ssh", *self.config, host])
         self._reached = False
+        self._there = ""  # the folder that was made there
         self._legacy: list[str] = []  # scp's option for a server without SFTP
 
     def facts(self, runtime_file: Path) -> dict[str, Any]:
@@ -216,8 +217,7 @@ class SSHHost:
                 f"{self.host}:{there['folder']} has characters that scp may not understand; "
                 "expected device.folder=... of letters, digits and / . _ -"
             )
-        if self.keep:
-            log.info("The files are left in %s:%s.", self.host, there["folder"])
+        self._there = there["folder"]
         return there
 
     def _copy_missing(self, stage: Path, there: dict[str, Any]) -> None:
@@ -269,6 +269,7 @@ class SSHHost:
 
     def _remove(self, work: Path, name: str) -> None:
         if self.keep:
+            log.info("Models and timings are left in %s:%s.", self.host, self._there)
             return
         try:
             done = self._call("remove", base=self.folder, name=name)
@@ -335,7 +336,8 @@ class SSHHost:
             LinkError: the link was lost.
             InputError: a file cannot be written.
         """
-        done = _run(["scp", "-q", *self._legacy, *self._options, "--", *arguments], folder=folder)
+        # No -q: it would silence ssh's reasons; without a terminal nothing else is shown.
+        done = _run(["scp", *self._legacy, *self._options, "--", *arguments], folder=folder)
         if done.returncode == 0:
             return
         said = done.stderr
