@@ -46,12 +46,7 @@ def prepare(base: str | None, name: str, wanted: dict[str, str]) -> int:
     folder = place(base, name)
     if base:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir(0o700)
-    except FileExistsError:
-        found = os.lstat(str(folder))
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            sys.exit(f"{folder} belongs to somebody else")
+    folder.mkdir(0o700, exist_ok=True)
     lock(folder).close()
     have = set()
     for path in folder.iterdir():
@@ -127,7 +122,13 @@ def environment(folder: str) -> dict[str, str]:
 
 
 def place(base: str | None, name: str) -> Path:
-    return Path(base or tempfile.gettempdir()).expanduser().absolute() / name
+    """Returns the folder, which is ours or not there: anybody may write temporary files."""
+    folder = Path(base or tempfile.gettempdir()).expanduser().absolute() / name
+    if os.path.lexists(str(folder)):
+        found = os.lstat(str(folder))
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            sys.exit(f"{folder} belongs to somebody else")
+    return folder
 
 
 def digest(path: Path) -> str:

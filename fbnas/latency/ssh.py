@@ -181,9 +181,10 @@ class SSHHost:
                     waits = iter(WAITS_S)
                 wait_s = next(waits, None)
                 if wait_s is None:
+                    rounds = f"{kept} rounds are kept: " if kept else ""
                     raise GoneError(
-                        f"{self.host} cannot be reached any more ({error.words}); {kept} rounds "
-                        "are kept: run the same command again to continue"
+                        f"{self.host} cannot be reached any more ({error.words}); {rounds}run the "
+                        "same command again to continue"
                     ) from error
                 log.warning(
                     "The link to %s is lost (%s); connecting again in %g s.",
@@ -229,7 +230,7 @@ class SSHHost:
                 f"{size / 1e6:.1f} MB; make room there, or name another disk: device.folder=..."
             )
         if missing:
-            log.info("Copying %d files (%.1f MB) to %s.", len(missing), size / 1e6, self.host)
+            log.info("Copying files to %s: %d (%.1f MB).", self.host, len(missing), size / 1e6)
             self._scp([*(f"./{name}" for name in missing), f"{self._target}:{folder}/"], stage)
 
     def _execute(self, folder: str, work: Path, advance: Advance, *, scores: bool) -> None:
@@ -277,15 +278,15 @@ class SSHHost:
             words = error.words if isinstance(error, LinkError) else str(error)
         else:
             words = _last_line(done.stderr) if done.returncode else ""
-        if words:
+        if not words:
+            (work / "remote.json").unlink(missing_ok=True)
+        elif self._there:
             log.warning(
-                "Folder %s could not be removed from %s (%s); the same command will try again.",
-                name,
+                "%s:%s could not be removed (%s); the same command will try again.",
                 self.host,
+                self._there,
                 words,
             )
-        else:
-            (work / "remote.json").unlink(missing_ok=True)
 
     @property
     def _target(self) -> str:

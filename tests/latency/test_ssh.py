@@ -184,13 +184,15 @@ def test_files_that_are_there_are_not_sent_again(
     caplog.set_level(logging.INFO)
     work, host = toy_job(tmp_path, b"a", b"b", b"b"), to(server, keep=True)
     host.run(work, nothing)
-    assert "Copying 5 files" in caplog.text  # job, runner, runtime and two different models
+    assert (
+        "Copying files to board: 5 " in caplog.text
+    )  # job, runner, runtime and two different models
     (folder,) = server.temporary.iterdir()
     (damaged,) = (path for path in folder.glob("*.toy") if path.read_bytes() == b"a")
     damaged.write_bytes(b"")  # a copy that was cut off
     caplog.clear()
     host.run(work, nothing)
-    assert "Copying 1 files" in caplog.text
+    assert "Copying files to board: 1 " in caplog.text
     assert damaged.read_bytes() == b"a"
 
 
@@ -285,6 +287,37 @@ def test_a_server_that_does_not_come_back_is_named_and_the_rounds_are_kept(
     shutil.rmtree(server.temporary)  # it was started anew, and forgot its temporary files
     server.temporary.mkdir()
     finish(server, files, tmp_path, kept)
+
+
+def test_with_every_round_that_arrives_the_waiting_starts_anew(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "WAITS_S", (0,))
+    lost = []
+
+    def shut_down(word: str, done: int, total: int) -> None:
+        if word == "round" and done > len(lost) < 3:
+            lost.append(done)
+            for pid in runners_of(server):
+                os.kill(pid, signal.SIGTERM)
+
+    work = toy_job(tmp_path, b"a", b"b", rounds=300)
+    to(server).run(work, shut_down)
+    assert len(lost) == 3
+    rounds = [json.loads(line)["round"] for line in rounds_in(work).splitlines()]
+    assert rounds == list(range(300))
+    assert server.left() == []
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(server: Server, tmp_path: Path) -> None:
+    work, elsewhere = toy_job(tmp_path, b"a"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    write_json(work / "remote.json", {"host": "board", "folder": None, "name": "fbnas-guessed"})
+    (server.temporary / "fbnas-guessed").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="board cannot make a folder.*belongs to somebody else"):
+        to(server).run(work, nothing)
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
 
 
 def test_a_model_that_fails_is_named_and_the_others_are_measured(
@@ -406,6 +439,9 @@ def test_a_host_that_ssh_would_take_for_something_else_is_refused() -> None:
     for host in ("-oProxyCommand=true", "ssh://board:22", "two words", ""):
         with pytest.raises(InputError, match="expected a name of your ssh config, or user@addr"):
             SSHHost(host)
+    assert SSHHost("root@::1")._target == "root@[::1]"  # scp takes a colon for the host's end
+    assert SSHHost("root@board")._target == "root@board"
+    assert ssh._quoted("~/it is/python") == "~/'it is/python'"
 
 
 def test_a_machine_without_ssh_is_told_to_install_it(
@@ -467,9 +503,7 @@ def test_models_that_do_not_fit_are_refused(
     monkeypatch.setattr(host, "_prepare", lambda *given: {**prepare(*given), "free": 1 << 40})
     with pytest.raises(InputError, match=r"copied .* board: .*; make room .*device.folder="):
         host.run(work, nothing)
-    fill(small_disk)
-    (small_disk / "full").rename(small_disk / "fuller")
-    assert [path.name for path in small_disk.iterdir()] == ["fuller"]
+    assert list(small_disk.iterdir()) == []
 
 
 def test_what_goes_along_with_every_command_suits_any_shell_and_needs_nothing_of_ours() -> None:
