@@ -202,7 +202,8 @@ class SSHHost:
             self._copy_missing(stage, there)
         self._execute(there["folder"], work, advance, scores=scores)
         if scores:
-            self._scp([f"{self._target}:{there['folder']}/scores.npy", "scores.npy"], work)
+            here = str(work.absolute() / "scores.npy")
+            self._scp(f"{self._target}:{there['folder']}/scores.npy", here)
 
     def _prepare(self, name: str, wanted: dict[str, str]) -> dict[str, Any]:
         done = self._call("prepare", base=self.folder, name=name, wanted=wanted)
@@ -231,7 +232,7 @@ class SSHHost:
             )
         if missing:
             log.info("Copying files to %s: %d (%.1f MB).", self.host, len(missing), size / 1e6)
-            self._scp([*(f"./{name}" for name in missing), f"{self._target}:{folder}/"], stage)
+            self._scp(*(str(stage / name) for name in missing), f"{self._target}:{folder}/")
 
     def _execute(self, folder: str, work: Path, advance: Advance, *, scores: bool) -> None:
         errors = work / "stderr.txt"
@@ -311,7 +312,7 @@ class SSHHost:
             LinkError: no link.
             InputError: no python there, or no room.
         """
-        done = _run(self._ssh(action), standard_input=json.dumps(content))
+        done = _run(self._ssh(action), json.dumps(content))
         self._judge(done.returncode, done.stderr)
         return done
 
@@ -330,21 +331,21 @@ class SSHHost:
                 "another disk: device.folder=..."
             )
 
-    def _scp(self, arguments: Sequence[str], folder: Path) -> None:
-        """Copy files from or to `folder` of this machine.
+    def _scp(self, *paths: str) -> None:
+        """Copy files to the last of the paths; those of this machine are absolute.
 
         Raises:
             LinkError: the link was lost.
             InputError: a file cannot be written.
         """
         # No -q: it would silence ssh's reasons; without a terminal nothing else is shown.
-        done = _run(["scp", *self._legacy, *self._options, "--", *arguments], folder=folder)
+        done = _run(["scp", *self._legacy, *self._options, "--", *paths])
         if done.returncode == 0:
             return
         said = done.stderr
         if not self._legacy and ("subsystem request failed" in said or "sftp-server" in said):
             self._legacy = ["-O"]  # small servers have no SFTP
-            return self._scp(arguments, folder)
+            return self._scp(*paths)
         if re.search("scp: (command )?not found", said):
             raise InputError(f"{self.host} has neither SFTP nor scp; install openssh-server there")
         if done.returncode == LINK_LOST or any(words in said for words in LOST_WORDS):
@@ -432,14 +433,11 @@ def _finished_rounds(work: Path) -> int:
     return text.count(b"\n")
 
 
-def _run(
-    command: Sequence[str], *, standard_input: str = "", folder: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], standard_input: str = "") -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command,
             input=standard_input,
-            cwd=folder,
             capture_output=True,
             text=True,
             errors="replace",

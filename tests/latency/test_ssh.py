@@ -196,13 +196,17 @@ def test_files_that_are_there_are_not_sent_again(
     assert damaged.read_bytes() == b"a"
 
 
-def test_a_folder_of_the_user_keeps_what_is_in_it(server: Server, tmp_path: Path) -> None:
+def test_a_folder_of_the_user_keeps_what_is_in_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(server.folder)
     folder = server.temporary / "mine"
     folder.mkdir()
     (folder / "runner.py").write_text("mine")
     work = toy_job(tmp_path, b"a")
     seen: list[Path] = []
-    to(server, folder=str(folder)).run(work, lambda *step: seen.extend(folder.iterdir()))
+    host = to(server, folder=str(folder), ssh_config="ssh_config")
+    host.run(work, lambda *step: seen.extend(folder.iterdir()))
     assert set(seen) > {folder / "runner.py"}
     assert [path.name for path in folder.iterdir()] == ["runner.py"]
     assert (folder / "runner.py").read_text() == "mine"
@@ -511,7 +515,7 @@ def test_what_goes_along_with_every_command_suits_any_shell_and_needs_nothing_of
     assert "\\" not in text
     names = {
         name
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(ast.parse(text, feature_version=(3, 8)))
         for name in (
             [alias.name for alias in node.names]
             if isinstance(node, ast.Import)
