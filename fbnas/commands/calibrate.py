@@ -43,7 +43,7 @@ def main(config: dict[str, Any]) -> int:
     else:
         table = calibration.judged(calibration.uncorrected(table), found, space)
         table.save(path)
-        print(f"{path}: no correction, it does not help on held-out networks; its header says so")
+        print(f"{path}: left without a correction, which would not help on held-out networks")
     pages = write_networks(path, found)
     print("networks: " + ", ".join(str(page) for page in pages))
     for failure in found.failures:

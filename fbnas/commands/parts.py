@@ -9,7 +9,8 @@ from typing import Any
 from fbnas.errors import InputError, check_known
 from fbnas.export import input_size, read_metadata
 from fbnas.files import read_json
-from fbnas.latency.devices import Device
+from fbnas.latency.devices import device_from
+from fbnas.latency.profiling import AnyDevice
 from fbnas.shipped import shipped_names
 from fbnas.space import Architecture, NetworkCard, SearchSpace
 from fbnas.training.data import Data, load_data
@@ -73,9 +74,9 @@ def check_fraction(fraction: float) -> None:
         raise InputError(f"target_fraction={fraction}; expected a number between 0 and 1.")
 
 
-def device_of(config: Config) -> Device:
+def device_of(config: Config) -> AnyDevice:
     """Build the device of `device=`."""
-    return Device.from_dict(dict(config["device"]))
+    return device_from(dict(config["device"]))
 
 
 def card_for(space: SearchSpace, architecture: Architecture, data: Data) -> NetworkCard:

@@ -30,6 +30,7 @@ def main(config: dict[str, Any]) -> int:
         rounds=rounds,
         seconds=config["seconds"],
         seed=config["seed"],
+        context=config["context"],
     )
     out = OutFolder(config)  # only now, so that the same command continues after an interrupt
     quality = "planned, not measured"
@@ -58,8 +59,10 @@ def main(config: dict[str, Any]) -> int:
 
 def _print_plan(config: dict[str, Any], space: SearchSpace, device: AnyDevice, rounds: int) -> None:
     """Print every shape, whether it is to be measured, and about how long that takes."""
-    _, missing = missing_items(space, device, Path(config["table"]), config["classes"])
-    items = plan(space, config["classes"])
+    table, context = Path(config["table"]), config["context"]
+    known, missing = missing_items(space, device, table, config["classes"], context=context)
+    held = [] if known is None else [entry.shape for entry in known.entries]
+    items = [item for item in plan(space, config["classes"]) if item in held or item in missing]
     for item in items:
         print(f"{'measure' if item in missing else 'known  '}  {item}")
     compiling, timing = estimated_seconds(missing, space, device, rounds)

@@ -12,6 +12,7 @@ NUMBERS = (
     "target_mb",
     "max_params",
     "rounds",
+    "seconds",
     "data.resolution",
     "data.channels",
     "data.limit",

@@ -203,7 +203,7 @@ class Device:
         from fbnas.latency.checks import write_check
         from fbnas.latency.converting import convert
 
-        shown = _noise((batch, *input_shape), seed) if calibration is None else calibration
+        shown = noise((batch, *input_shape), seed) if calibration is None else calibration
         local = self.python if not self.host else None
         convert(
             self.runtime,
@@ -401,7 +401,8 @@ def _facts(
     return facts
 
 
-def _noise(shape: tuple[int, ...], seed: int) -> list[np.ndarray]:
+def noise(shape: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """Return batches of normal noise, from which int8 takes ranges where no images are given."""
     generator = np.random.default_rng(seed)
     return [generator.standard_normal(shape, dtype=np.float32) for _ in range(CALIBRATION_BATCHES)]
 
