@@ -5,7 +5,7 @@ from typing import Any
 
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_target_ms, data_of_file, device_of
-from fbnas.export import accuracy_of_file, read_metadata
+from fbnas.export import accuracy_of_file, check_suffix, read_metadata
 from fbnas.latency.devices import ROUNDS
 
 LEAST_TOLERANCE = 0.05  # a target is missed by more than this, or twice the noise floor
@@ -15,20 +15,25 @@ def main(config: dict[str, Any]) -> int:
     model, device = Path(config["model"]), device_of(config)
     target_ms = config["target_ms"]
     check_target_ms(target_ms)
+    check_suffix(model, device)
     data, mean, std = data_of_file(config, model)
     out = OutFolder(config)
-    accuracy = accuracy_of_file(model, data.test, mean=mean, std=std)
+    accuracy = accuracy_of_file(model, data.test, mean=mean, std=std, device=device)
     rounds = config["rounds"] or ROUNDS
     measurement = device.measure_quietly(
         [model], f"Timing {model.name}", rounds=rounds, seed=config["seed"]
     )
-    timing = measurement.timings[0]
+    timing = measurement.whole[0]
+    planned = device.kind == "roofline"
     print(f"{model}: accuracy {accuracy:.4f} on {len(data.test)} test images of {data.name}")
-    print(
-        f"{timing.latency_ms:.4g} ms ({timing.low_ms:.4g} to {timing.high_ms:.4g}) on "
-        f"{device.name} through {device.runtime}, {device.threads} thread(s); noise floor "
-        f"{100 * measurement.noise_floor:.1f} %"
-    )
+    if planned:
+        print(f"{timing.latency_ms:.4g} ms on {device.name}: planned, not measured")
+    else:
+        print(
+            f"{timing.latency_ms:.4g} ms ({timing.low_ms:.4g} to {timing.high_ms:.4g}) on "
+            f"{device.name} through {device.runtime}, {device.threads} thread(s); noise floor "
+            f"{100 * measurement.noise_floor:.1f} %"
+        )
     missed = target_ms is not None and is_missed(
         timing.latency_ms, target_ms, measurement.noise_floor
     )
@@ -38,6 +43,7 @@ def main(config: dict[str, Any]) -> int:
         accuracy_top1=accuracy,
         latency_ms=timing.as_dict(),
         noise_floor=measurement.noise_floor,
+        planned=planned,
         target_ms=target_ms,
         model_bytes=model.stat().st_size,
         architecture=read_metadata(model).get("architecture"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fbnas.errors import InputError, check_known
-from fbnas.export import input_size, read_metadata
+from fbnas.export import input_size, read_metadata, sidecar
 from fbnas.files import read_json
 from fbnas.latency.devices import device_from
 from fbnas.latency.profiling import AnyDevice
@@ -119,15 +119,20 @@ def check_class_names(data: Data, names: tuple[str, ...]) -> None:
 
 
 def data_of_file(config: Config, model: Path) -> tuple[Data, tuple[float, ...], tuple[float, ...]]:
-    """Load the data as an ONNX file wants it: with the mean and std that the file states.
+    """Load the data as a model file wants it: with the mean and std that it states.
 
-    A file that fbnas did not write states none: its input gives the size of the images, and the
-    data's own mean and std are taken, which is said.
+    An ONNX file that fbnas did not write states none: its input gives the size of the images, and
+    the data's own mean and std are taken, which is said. Other files state them in FILE.json.
 
     Raises:
-        InputError: not an ONNX file, or data of other classes.
+        InputError: not a model file, one without FILE.json, or data of other classes.
     """
     stated = read_metadata(model)
+    if "preprocessing" not in stated and model.suffix != ".onnx":
+        raise InputError(
+            f"{sidecar(model)} is missing or says nothing of preprocessing; expected what fbnas "
+            "export writes beside such a file: keep the two together, or export again."
+        )
     size = stated.get("preprocessing") or input_size(model)
     shape = {key: size[key] for key in ("resolution", "channels") if key in size}
     data = data_for({**config, "data": {**config["data"], **shape}})

@@ -33,10 +33,11 @@ from fbnas.commands.search import choose_target, target_of
 from fbnas.commands.stages import Stage, final_measurement, print_stages, stages_of
 from fbnas.commands.train import report_epoch, start
 from fbnas.errors import InputError, unknown
+from fbnas.export import sidecar
 from fbnas.files import read_json, write_json
 from fbnas.latency import calibration
-from fbnas.latency.devices import QUIET_NOISE_FLOOR, Device
-from fbnas.latency.profiling import enliven_, profile, require_same_device
+from fbnas.latency.devices import QUIET_NOISE_FLOOR
+from fbnas.latency.profiling import AnyDevice, enliven_, profile, require_same_device
 from fbnas.latency.table import LatencyTable
 from fbnas.report import write_report
 from fbnas.search import (
@@ -70,7 +71,7 @@ class Chain:
     out: OutFolder
     space: SearchSpace
     data: Data
-    device: Device
+    device: AnyDevice
 
     @property
     def folder(self) -> Path:
@@ -266,11 +267,11 @@ def _measure_candidates(
     for number, candidate in enumerate(candidates, start=1):
         torch.manual_seed(chain.seed)
         network = build_network(chain.space, candidate, chain.data.classes)
-        files.append(chain.folder / "candidates" / f"{number:02d}.onnx")
+        files.append(chain.folder / "candidates" / f"{number:02d}{chain.device.suffix}")
         chain.device.compile(enliven_(network), shape, files[-1])
     measurement = chain.device.measure_quietly(files, "Timing candidates", seed=chain.seed)
     rows = []
-    for candidate, timing in zip(candidates, measurement.timings, strict=True):
+    for candidate, timing in zip(candidates, measurement.whole, strict=True):
         predicted_ms = candidate.provenance["predicted_latency_ms"]
         print(f"predicted {predicted_ms:.4g} ms, measured {timing.latency_ms:.4g} ms: {candidate}")
         rows.append(
@@ -316,7 +317,10 @@ def conclude(
     """Write result.json and the report, print the table and the verdict, return the exit code."""
     final = [stage for stage in stages if stage.accepted][-1]
     assert final.timing is not None
-    (chain.folder / "model.onnx").write_bytes(final.path.read_bytes())
+    model = chain.folder / f"model{chain.device.suffix}"
+    model.write_bytes(final.path.read_bytes())
+    if sidecar(final.path).is_file():
+        sidecar(model).write_bytes(sidecar(final.path).read_bytes())
     limits = target.limits(chain.space, chain.data.classes)
     missed = target.budget_ms is not None and is_missed(
         final.timing.latency_ms, target.budget_ms, noise_floor
@@ -332,7 +336,8 @@ def conclude(
         params=final.params,
         macs=final.macs,
         model_bytes=final.path.stat().st_size,
-        model="model.onnx",
+        model=model.name,
+        planned=chain.device.kind == "roofline",
         final_stage=final.name,
         network=final.network,
         stages=[stage.as_dict(chain.folder) for stage in stages],
@@ -342,17 +347,26 @@ def conclude(
     )
     page = write_report(chain.folder)
     print_stages(stages)
-    print(f"\nreport: {page}\nmodel:  {chain.folder / 'model.onnx'} ({final.name})")
-    print(_verdict(final, chosen, limits, missed=missed))
+    print(f"\nreport: {page}\nmodel:  {model} ({final.name})")
+    planned = chain.device.kind == "roofline"
+    print(_verdict(final, chosen, limits, missed=missed, planned=planned))
     return 3 if missed else 0
 
 
-def _verdict(final: Stage, chosen: Architecture, limits: Sequence[Limit], *, missed: bool) -> str:
+def _verdict(
+    final: Stage, chosen: Architecture, limits: Sequence[Limit], *, missed: bool, planned: bool
+) -> str:
     """Say what was asked, predicted and measured; other budgets than latency by prediction."""
     assert final.timing is not None
     asked = f"asked {limits[0].budget:.4g} ms, " if limits[0].bounded else ""
     others = kept_text(chosen.provenance, limits)
     verdict = ": over budget" if missed else ": within budget" if asked else ""
+    if planned:
+        return (
+            f"{asked}predicted {chosen.provenance['predicted_latency_ms']:.4g} ms, the file "
+            f"{final.timing.latency_ms:.4g} ms{f', {others}' if others else ''}{verdict}, planned, "
+            "not measured"
+        )
     return (
         f"{asked}predicted {chosen.provenance['predicted_latency_ms']:.4g} ms, measured "
         f"{final.timing.latency_ms:.4g} ms ({final.timing.low_ms:.4g} to "

@@ -4,17 +4,19 @@ Decisions look at validation images; the test images are read once all are made.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fbnas.commands.compress import prune_and_tune, quantization_of
-from fbnas.compression import quantize_file
-from fbnas.export import accuracy_of_file, export_onnx
+from fbnas.compression import calibration_images, quantize_file
+from fbnas.errors import InputError
+from fbnas.export import accuracy_of_file, export_file
 from fbnas.files import read_json, write_json
-from fbnas.latency.devices import QUIET_NOISE_FLOOR, Device
+from fbnas.latency.devices import QUIET_NOISE_FLOOR
+from fbnas.latency.profiling import AnyDevice
 from fbnas.latency.timing import Timing
 from fbnas.space import Count, count, load_network
 from fbnas.training.data import Data, Subset, batches
@@ -55,28 +57,29 @@ class Stage:
 
 
 def stages_of(
-    config: dict[str, Any], folder: Path, data: Data, device: Device, *, resume: bool
+    config: dict[str, Any], folder: Path, data: Data, device: AnyDevice, *, resume: bool
 ) -> list[Stage]:
     """Build every stage on the best one before it, and decide which are kept."""
     judge = Judge(config, folder, data, device)
-    fp32 = _exported("fp32", "train", folder, data)
+    fp32 = _exported("fp32", "train", folder, data, device)
     fp32.reason = "the trained network, always a candidate"
     stages = [fp32]
 
     if not (folder / "pruned" / "network.yaml").is_file():
         network, card = load_network(folder / "train")
         prune_and_tune(network, card, data, config, folder / "pruned", resume=resume)
-    pruned = _exported("pruned", "pruned", folder, data)
+    pruned = _exported("pruned", "pruned", folder, data, device)
     judge.decide(pruned, best=fp32, trained=fp32)
     stages.append(pruned)
 
     best = pruned if pruned.accepted else fp32
-    int8 = _quantized(config, best, folder, data)
-    judge.decide(int8, best=best, trained=fp32)
-    stages.append(int8)
+    int8 = _quantized(config, best, folder, data, device)
+    if int8 is not None:
+        judge.decide(int8, best=best, trained=fp32)
+        stages.append(int8)
 
     for stage in stages:  # all decisions are made: the first and only look at the test images
-        stage.accuracy_top1 = _accuracy(stage.path, data, data.test)
+        stage.accuracy_top1 = _accuracy(stage.path, data, data.test, device)
     return stages
 
 
@@ -87,7 +90,7 @@ class Judge:
     config: dict[str, Any]
     folder: Path
     data: Data
-    device: Device
+    device: AnyDevice
 
     def decide(self, stage: Stage, *, best: Stage, trained: Stage) -> None:
         """Reject a stage that is slower than the noise allows, or too inaccurate."""
@@ -116,39 +119,58 @@ class Judge:
             f"Timing {stage.name} against {best.name}",
             seed=self.config["seed"],
         )
-        before, after = measurement.timings
+        before, after = measurement.whole
         return after.latency_ms / before.latency_ms, measurement.noise_floor
 
 
-def final_measurement(stages: Sequence[Stage], device: Device, *, seed: int) -> float:
+def final_measurement(stages: Sequence[Stage], device: AnyDevice, *, seed: int) -> float:
     """Time all stages against each other once more, for the table; return the noise floor."""
     files = [stage.path for stage in stages]
     measurement = device.measure_quietly(files, "Timing all stages", seed=seed + 1)
-    for stage, timing in zip(stages, measurement.timings, strict=True):
+    for stage, timing in zip(stages, measurement.whole, strict=True):
         stage.timing = timing
     return measurement.noise_floor
 
 
-def _exported(name: str, source: str, folder: Path, data: Data) -> Stage:
+def _exported(name: str, source: str, folder: Path, data: Data, device: AnyDevice) -> Stage:
+    """Write a network as the device's runtime executes it at fp32, checked on real images."""
     network, card = load_network(folder / source)
-    path = folder / "models" / f"{name}.onnx"
+    path = folder / "models" / f"{name}{device.suffix}"
     shown = Subset(data.validation, torch.arange(min(PARITY_IMAGES, len(data.validation))))
     images = torch.cat([x for x, _ in batches(shown, PARITY_IMAGES, mean=card.mean, std=card.std)])
-    export_onnx(network, path, card=card, images=images.contiguous())
+    fp32 = replace(device, precision="fp32")
+    export_file(network, path, fp32, card=card, images=images.contiguous())
     found: Count = count(network, card.input_shape)
-    accuracy = _accuracy(path, data, data.validation)
+    accuracy = _accuracy(path, data, data.validation, device)
     return Stage(name, path, source, found.params, found.macs, accuracy)
 
 
-def _quantized(config: dict[str, Any], best: Stage, folder: Path, data: Data) -> Stage:
-    path = folder / "models" / "int8.onnx"
-    quantize_file(best.path, path, data, quantization_of(config), seed=config["seed"])
-    accuracy = _accuracy(path, data, data.validation)
+def _quantized(
+    config: dict[str, Any], best: Stage, folder: Path, data: Data, device: AnyDevice
+) -> Stage | None:
+    """Write the int8 form of a stage, with ranges from training images; None where there is none.
+
+    ONNX files are quantized as `compression.quantization` says, others by their own converter.
+    """
+    path = folder / "models" / f"int8{device.suffix}"
+    method, seed = quantization_of(config), config["seed"]
+    try:
+        int8 = replace(device, precision="int8")
+        if device.suffix == ".onnx":
+            quantize_file(best.path, path, data, method, seed=seed)
+        else:
+            network, card = load_network(folder / best.network)
+            images = calibration_images(data, method, seed=seed)
+            export_file(network, path, int8, card=card, calibration=images)
+        accuracy = _accuracy(path, data, data.validation, int8)
+    except InputError as error:
+        print(f"int8 is left out: {error}")
+        return None
     return Stage("int8", path, best.network, best.params, best.macs, accuracy)
 
 
-def _accuracy(path: Path, data: Data, images: Any) -> float:
-    return accuracy_of_file(path, images, mean=data.mean, std=data.std)
+def _accuracy(path: Path, data: Data, images: Any, device: AnyDevice) -> float:
+    return accuracy_of_file(path, images, mean=data.mean, std=data.std, device=device)
 
 
 def print_stages(stages: Sequence[Stage]) -> None:

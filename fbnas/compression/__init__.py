@@ -7,7 +7,12 @@ from typing import Any
 from torch import nn
 
 from fbnas.compression.pruning import ChannelPruning, ChannelSet, prune_
-from fbnas.compression.quantization import QuantizationReport, StaticQuantization, quantize_file
+from fbnas.compression.quantization import (
+    QuantizationReport,
+    StaticQuantization,
+    calibration_images,
+    quantize_file,
+)
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
 
@@ -17,6 +22,7 @@ __all__ = [
     "CompressionReport",
     "QuantizationReport",
     "StaticQuantization",
+    "calibration_images",
     "compress_",
     "quantize_file",
 ]

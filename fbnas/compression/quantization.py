@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from fbnas.errors import InputError, unknown
@@ -65,19 +66,33 @@ def quantize_file(
         method: how to quantize; the default settings where not given.
         seed: of the choice of calibration images.
     """
+    method = method or StaticQuantization()
+    shown = calibration_images(data, method, seed=seed)
+    quantize_onnx(
+        source,
+        path,
+        shown,
+        per_channel=method.per_channel,
+        ranges=method.ranges,
+        reduce_range=method.reduce_range,
+    )
+    source, path = Path(source), Path(path)
+    used = sum(len(images) for images in shown)
+    return QuantizationReport(path, source.stat().st_size, path.stat().st_size, used)
+
+
+def calibration_images(
+    data: "Data", method: StaticQuantization | None = None, *, seed: int = 0
+) -> list[np.ndarray]:
+    """Return training images, normalised: arrays (n, c, h, w) float32, in a seeded random choice.
+
+    Args:
+        method: says how many, and how many in an array.
+    """
     from fbnas.training.data import Subset, batches
 
     method = method or StaticQuantization()
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     chosen = Subset(data.train, order[: method.calibration_images])
     shown = batches(chosen, method.batch_size, mean=data.mean, std=data.std)
-    quantize_onnx(
-        source,
-        path,
-        (images.numpy() for images, _ in shown),
-        per_channel=method.per_channel,
-        ranges=method.ranges,
-        reduce_range=method.reduce_range,
-    )
-    source, path = Path(source), Path(path)
-    return QuantizationReport(path, source.stat().st_size, path.stat().st_size, len(chosen))
+    return [images.numpy() for images, _ in shown]

@@ -1,14 +1,22 @@
 """Top-1 accuracy of an exported file, as the runtime computes it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from fbnas.errors import InputError
 from fbnas.export.session import open_session, run
+from fbnas.latency.devices import Device
+from fbnas.latency.profiling import AnyDevice
 
 if TYPE_CHECKING:
     from fbnas.training.data import Images
+
+
+PIECE_BYTES = 128_000_000  # of images that are handed to a device at once
 
 
 def accuracy_of_file(
@@ -19,6 +27,7 @@ def accuracy_of_file(
     std: Sequence[float],
     batch_size: int = 256,
     threads: int | None = None,
+    device: AnyDevice | None = None,
 ) -> float:
     """Return the fraction of images whose highest score is that of their label, 0 to 1.
 
@@ -27,18 +36,25 @@ def accuracy_of_file(
             the file's own.
         std: likewise.
         threads: of ONNX Runtime; all cores where not given.
+        device: whose runtime computes the scores; ONNX Runtime on this CPU where not given.
 
     Raises:
-        InputError: not an ONNX file, or one for other images or fewer classes.
+        InputError: not a file of the runtime, or one for other images or fewer classes.
     """
     from fbnas.training.data import batches
 
     if not len(images):
         raise InputError(f"There are no images to judge {path} by; expected at least one.")
-    session = open_session(path, threads=threads)
+    shown = batches(images, batch_size, mean=mean, std=std)
+    if device is None or _is_plain(device):
+        session = open_session(path, threads=threads)
+        answers: Iterator[tuple[Tensor, Tensor]] = (
+            (run(session, inputs), labels) for inputs, labels in shown
+        )
+    else:
+        answers = _pieces(Path(path), shown, device)
     correct = 0
-    for inputs, labels in batches(images, batch_size, mean=mean, std=std):
-        scores = run(session, inputs)
+    for scores, labels in answers:
         if scores.ndim != 2 or scores.shape[1] <= int(labels.max()):
             raise InputError(
                 f"{path}: its scores are {tuple(scores.shape)} and the data has label "
@@ -47,3 +63,35 @@ def accuracy_of_file(
             )
         correct += int((scores.argmax(1) == labels).sum())
     return correct / len(images)
+
+
+def _pieces(
+    path: Path, shown: Iterator[tuple[Tensor, Tensor]], device: AnyDevice
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores and labels in large pieces: each is a process of its own on the device."""
+    held: list[tuple[Tensor, Tensor]] = []
+    for inputs, labels in shown:
+        held.append((inputs, labels))
+        if sum(images.nbytes for images, _ in held) >= PIECE_BYTES:
+            yield _scored(path, held, device)
+            held = []
+    if held:
+        yield _scored(path, held, device)
+
+
+def _scored(
+    path: Path, held: list[tuple[Tensor, Tensor]], device: AnyDevice
+) -> tuple[Tensor, Tensor]:
+    inputs, labels = (torch.cat(parts) for parts in zip(*held, strict=True))
+    return torch.from_numpy(device.scores(path, inputs.numpy())), labels
+
+
+def _is_plain(device: AnyDevice) -> bool:
+    """Whether ONNX Runtime on this CPU, in this process, computes the same."""
+    if device.kind == "roofline":
+        return True
+    return isinstance(device, Device) and (device.runtime, device.provider, device.host) == (
+        "onnxruntime",
+        "CPU",
+        "",
+    )

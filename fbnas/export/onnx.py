@@ -1,17 +1,16 @@
 """ONNX files of whole networks: written with what it takes to use them, checked against torch."""
 
 import copy
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fbnas import __version__
 from fbnas.errors import InputError
+from fbnas.export.metadata import metadata_of
 from fbnas.export.session import open_session, run
 from fbnas.files import atomic_write
 from fbnas.latency.lowering import write_onnx
@@ -19,7 +18,6 @@ from fbnas.space.network import NetworkCard
 
 # Rounding differs with the order of sums; FBNet-A and FBNet-C at 224 were measured at 5e-7.
 TOLERANCE = 1e-3
-METADATA_PREFIX = "fbnas."
 PARITY_IMAGES = 16
 
 
@@ -28,13 +26,14 @@ class ExportReport:
     """The file, and how far its scores are from torch's on the images both were shown.
 
     `max_error` is the largest difference of two scores, relative to the largest score in size;
-    `argmax_agreement` the fraction of images that both give the same class.
+    `argmax_agreement` the fraction of images that both give the same class; None where the file
+    cannot be run here.
     """
 
     path: Path
     bytes: int
-    max_error: float
-    argmax_agreement: float
+    max_error: float | None
+    argmax_agreement: float | None
 
 
 def export_onnx(
@@ -67,7 +66,7 @@ def export_onnx(
     if images is None:
         images = torch.randn(PARITY_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     path = Path(path)
-    metadata = {} if card is None else _metadata(card)
+    metadata = {} if card is None else metadata_of(card)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "network.onnx"
         write_onnx(network, shape, written, batch=None, metadata=metadata)
@@ -82,46 +81,6 @@ def export_onnx(
     return ExportReport(path, path.stat().st_size, error, agreement)
 
 
-def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Return what `export_onnx` stored; empty for a file that fbnas did not write.
-
-    Keys: version, space (name), architecture (list of block names), preprocessing (mean, std,
-    resolution, channels; mean and std for images scaled to [0, 1]), class_names.
-
-    Raises:
-        InputError: no such file, or not a whole ONNX file.
-    """
-    stored = open_session(path, optimise=False).get_modelmeta().custom_metadata_map
-    try:
-        return {
-            key.removeprefix(METADATA_PREFIX): json.loads(value)
-            for key, value in stored.items()
-            if key.startswith(METADATA_PREFIX)
-        }
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: its metadata are edited ({error}); expected JSON as fbnas export writes it. "
-            "Export the network again."
-        ) from error
-
-
-def _metadata(card: NetworkCard) -> dict[str, str]:
-    channels, resolution, _ = card.input_shape
-    content = {
-        "version": __version__,
-        "space": card.space.name,
-        "architecture": list(card.architecture.blocks),
-        "preprocessing": {
-            "mean": list(card.mean),
-            "std": list(card.std),
-            "resolution": resolution,
-            "channels": channels,
-        },
-        "class_names": list(card.class_names),
-    }
-    return {METADATA_PREFIX + key: json.dumps(value) for key, value in content.items()}
-
-
 def _compare(network: nn.Module, path: Path, images: Tensor) -> tuple[float, float]:
     """Return (largest relative difference, fraction of equal classes) of a file against torch."""
     reference = copy.deepcopy(network).cpu().float().eval()
@@ -131,6 +90,16 @@ def _compare(network: nn.Module, path: Path, images: Tensor) -> tuple[float, flo
     # One image first, then the rest: the file must take any batch size.
     session = open_session(path)
     found = torch.cat([run(session, part) for part in (images[:1], images[1:]) if len(part)])
-    error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
-    agreement = (found.argmax(1) == expected.argmax(1)).float().mean()
+    return compare(expected.numpy(), found.numpy())
+
+
+def compare(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """Return (largest difference by the largest score, fraction of equal classes) of two scores.
+
+    Args:
+        expected: (n, classes), torch's.
+        found: (n, classes), the file's.
+    """
+    error = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12)
+    agreement = (found.argmax(1) == expected.argmax(1)).mean()
     return float(error), float(agreement)

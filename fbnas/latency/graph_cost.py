@@ -40,12 +40,14 @@ class GraphCost:
 
     `params`: numbers among its weights; `weight_bytes`: their size. `peak_bytes`: the most
     activations alive at once, the input and the output of the running operator included.
+    `quantized`: whether it computes in int8.
     """
 
     operators: tuple[Operator, ...]
     params: int
     weight_bytes: int
     peak_bytes: int
+    quantized: bool = False
 
     @property
     def macs(self) -> int:
@@ -168,6 +170,7 @@ class _Graph:
             sum(math.prod(self.weights[name].dims) for name in used),
             sum(used.values()),
             max(alive, default=sum(self._bytes(name) for name in born)),
+            self.element_bytes == 1 or any(n.op_type == "QuantizeLinear" for n in self.graph.node),
         )
 
     def _bytes(self, name: str) -> int:

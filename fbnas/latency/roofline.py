@@ -143,7 +143,7 @@ class Roofline:
 
     def latency_ms(self, cost: GraphCost) -> float:
         """Return the sum over operators of max(arithmetic, memory) + overhead."""
-        rate = self.gmacs_per_s_int8 if self.precision == "int8" else self.gmacs_per_s
+        rate = self.gmacs_per_s_int8 if cost.quantized else self.gmacs_per_s
         seconds = sum(
             max(operator.macs / rate / 1e9, operator.bytes / self.bandwidth_gb_per_s / 1e9)
             + self.overhead_us * 1e-6
@@ -153,7 +153,7 @@ class Roofline:
 
     def energy_mj(self, cost: GraphCost) -> float:
         """Return the energy of one run: arithmetic, and every byte moved as from DRAM."""
-        per_mac = self.pj_per_mac_int8 if self.precision == "int8" else self.pj_per_mac
+        per_mac = self.pj_per_mac_int8 if cost.quantized else self.pj_per_mac
         accesses = cost.bytes / DRAM_ACCESS_BYTES
         return (cost.macs * per_mac + accesses * self.pj_per_dram_access) * 1e-9
 

@@ -122,7 +122,7 @@ VALUES = [
     ("report run=.", "expected the out folder of fbnas run, search or train"),
     ("compress model=nowhere", "no network there"),
     ("evaluate model=nowhere.onnx", "nowhere.onnx: no such file"),
-    ("evaluate model=a.yaml", "a.yaml: not a whole ONNX file"),
+    ("evaluate model=a.yaml", "a.yaml: no runtime is known for .yaml; expected .onnx"),
 ]
 
 

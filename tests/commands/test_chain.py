@@ -1,6 +1,7 @@
 """The whole chain for real, small: numbers recomputed, runs killed and resumed, stages rejected."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -239,7 +240,11 @@ def test_count_report_calibrate_doctor(
         found["calibration"]["error_after"] < found["calibration"]["error_before"]
     )
     assert main(["doctor", f"out={tmp_path / 'd'}"]) == 0
-    assert "ms" in read(tmp_path / "d" / "result.json")["runtimes"]["onnxruntime fp32"]
+    runtimes = read(tmp_path / "d" / "result.json")["runtimes"]
+    works, words = runtimes["onnxruntime"]["precisions"]["fp32"]
+    assert works
+    assert re.search(r"works \(3x3 conv, 16 channels, 32x32: \d+\.\d+ ms\)", words)
+    assert "CPU" in runtimes["onnxruntime"]["providers"]
 
 
 def test_the_published_networks_are_counted_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,11 @@ REQUIRED = {
     "count": ["architecture=fbnet_a"],
     "report": ["run=r"],
 }
+NEEDED = {
+    ("data", "image_folder"): ["data.path=p"],
+    ("data", "huggingface"): ["data.path=p"],
+    ("device", "ssh"): ["device.host=p"],
+}
 TINY = {
     "resolution": 8,
     "stem": {"channels": 8, "stride": 1},
@@ -38,8 +43,7 @@ TINY = {
 
 
 def given(command: str, group: str, name: str) -> list[str]:
-    path = ["data.path=p"] if group == "data" and name != "digits" else []
-    return [*REQUIRED.get(command, []), f"{group}={name}", *path]
+    return [*REQUIRED.get(command, []), f"{group}={name}", *NEEDED.get((group, name), [])]
 
 
 CASES = [
@@ -68,10 +72,8 @@ def test_every_config_composes_with_every_command_that_takes_its_group(
             if part in config:
                 assert {key: config[part][key] for key in values} == values
     else:
-        expected = (
-            {**shipped, "path": "p"} if "data.path=p" in given(command, group, name) else shipped
-        )
-        assert config[group] == expected
+        stated = [x.partition("=")[0] for x in NEEDED.get((group, name), [])]
+        assert config[group] == {**shipped, **{key.partition(".")[2]: "p" for key in stated}}
 
 
 @pytest.mark.parametrize("name", shipped_names("architecture"))

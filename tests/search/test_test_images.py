@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from search_run import SPACE, run, small_digits
 from fbnas.commands import stages
 from fbnas.compression import quantize_file
 from fbnas.export import export_onnx
-from fbnas.latency.devices import Measurement
+from fbnas.latency.devices import Device, Measurement
 from fbnas.latency.timing import Timing
 from fbnas.search import rank_by_shared_weights
 from fbnas.space import Architecture, NetworkCard, build_network, save_network
@@ -35,11 +35,11 @@ def network() -> Any:
     return build_network(SPACE, CHOICE, classes=10).eval()
 
 
-class Stopwatch:
-    """Stands for a device: says how many times as long the second file takes."""
+@dataclass(frozen=True)
+class Stopwatch(Device):
+    """A device that says how many times as long the second file takes."""
 
-    def __init__(self, ratio: float) -> None:
-        self.ratio = ratio
+    ratio: float = 1.0
 
     def measure_quietly(self, files: Sequence[Path], _: str, **__: Any) -> Measurement:
         times = [1.0, self.ratio]
@@ -96,14 +96,14 @@ def test_the_judge(
     tmp_path: Path, ratio: float, accuracy: float, allowed: float, accepted: bool
 ) -> None:
     config = {**CONFIG, "max_accuracy_drop": allowed}
-    judge = stages.Judge(config, tmp_path, small_digits(), Stopwatch(ratio))  # type: ignore[arg-type]
+    judge = stages.Judge(config, tmp_path, small_digits(), Stopwatch(ratio=ratio))
     fp32 = stages.Stage("fp32", tmp_path / "a.onnx", "train", 1, 1, 0.90)
     pruned = stages.Stage("pruned", tmp_path / "b.onnx", "pruned", 1, 1, accuracy)
     judge.decide(pruned, best=fp32, trained=fp32)
     assert pruned.accepted is accepted
     assert pruned.reason.startswith("accepted" if accepted else "rejected")
     again = stages.Stage("pruned", tmp_path / "b.onnx", "pruned", 1, 1, accuracy)
-    other_day = replace(judge, device=Stopwatch(9.0))  # type: ignore[arg-type]
+    other_day = replace(judge, device=Stopwatch(ratio=9.0))
     other_day.decide(again, best=fp32, trained=fp32)  # a resumed run decides as it did before
     assert (again.accepted, again.reason) == (pruned.accepted, pruned.reason)
 
@@ -122,7 +122,7 @@ def test_stages_look_once_all_is_decided(tmp_path: Path, monkeypatch: pytest.Mon
         shutil.copytree(tmp_path / "train", tmp_path / "pruned")
 
     monkeypatch.setattr(stages, "prune_and_tune", no_pruning)
-    device: Any = Stopwatch(0.9)
+    device = Stopwatch(ratio=0.9)
     made = stages.stages_of(CONFIG, tmp_path, data, device, resume=False)
     assert [stage.name for stage in made] == ["fp32", "pruned", "int8"]
     assert looks == [["int8.decision.json", "pruned.decision.json"]]
