@@ -23,6 +23,8 @@ from fbnas.commands import main
 from fbnas.commands.composition import compose
 from fbnas.commands.stages import Judge, Stage
 from fbnas.latency.devices import Device, Measurement
+from fbnas.latency.runtimes import runtime as runtime_file
+from fbnas.latency.table import LatencyTable
 from fbnas.latency.timing import Timing
 from fbnas.training.data import Data, load_data
 
@@ -215,6 +217,50 @@ def test_train_compress_export_evaluate_by_hand(stand: Run, tmp_path: Path, digi
     assert judged["accuracy_top1"] == pytest.approx(found, abs=2.1 / len(digits.test))
     assert judged["latency_ms"]["value"] < 1000
     assert main([*evaluate, "target_ms=0.0001"]) == 3
+
+
+def test_another_runtime_exports_evaluates_and_refuses_the_wrong_file(
+    stand: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p"
+    assert main(["export", "model=r", "format=pt2", f"out={out}"]) == 0
+    assert "same class for 100.0 % of images" in capsys.readouterr().out
+    made = read(out / "result.json")
+    assert (made["runtime"], made["model"]) == ("pytorch", "model.pt2")
+    evaluate = ["evaluate", f"model={out}/model.pt2", "rounds=4"]
+    assert main([*evaluate, "device.runtime=pytorch", f"out={tmp_path / 'e'}"]) == 0
+    found = read(tmp_path / "e" / "result.json")
+    source = next(s for s in stand.result["stages"] if s["network"] == stand.result["network"])
+    assert found["accuracy_top1"] == pytest.approx(source["accuracy_top1"], abs=0.01)
+    assert found["latency_ms"]["value"] > 0
+    assert main(evaluate) == 2
+    assert "expected device.runtime=pytorch" in capsys.readouterr().err
+    (out / "model.pt2.json").unlink()
+    assert main([*evaluate, "device.runtime=pytorch"]) == 2
+    assert "model.pt2.json is missing" in capsys.readouterr().err
+    assert main(["export", "model=r", "precision=int8", f"out={tmp_path / 'q'}"]) == 2
+    assert "expected data=..." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "pytorch"])
+def test_the_chain_ends_on_the_file_of_the_runtime_asked_for(
+    runtime: str, tmp_path: Path, digits: Data
+) -> None:
+    if not runtime_file(runtime).available():
+        pytest.skip(f"{runtime} is not installed here")
+    space = f"space={write_space(tmp_path)}"
+    quick = ["networks=0", "candidates=1", *SMALL, "search.epochs=2", "training.epochs=1"]
+    code = main(["run", space, f"device.runtime={runtime}", *quick, f"out={tmp_path / 'r'}"])
+    assert code in (0, 3)
+    result = read(tmp_path / "r" / "result.json")
+    suffix = {"openvino": ".onnx", "pytorch": ".pt2"}[runtime]
+    assert result["model"] == f"model{suffix}"
+    assert (tmp_path / "r" / result["model"]).stat().st_size == result["model_bytes"]
+    table = LatencyTable.load(tmp_path / "r" / "table.csv")
+    assert table.runtime == runtime
+    names = [stage["name"] for stage in result["stages"]]
+    assert names[:2] == ["fp32", "pruned"]
+    assert ("int8" in names) == (runtime == "openvino")  # eager PyTorch has none, which is said
 
 
 def test_count_report_calibrate_doctor(
