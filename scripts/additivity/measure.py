@@ -1,6 +1,6 @@
 """Tables of this machine for every runtime and precision, each held against whole networks.
 
-    python scripts/additivity/measure.py FOLDER [--steps compile,profile,networks,calibrate]
+    python scripts/additivity/measure.py FOLDER [--steps compile,profile,alone,networks,calibrate]
         [--runtimes onnxruntime,openvino,...] [--precisions fp32,int8] [--spaces fbnet,fbnet_cifar]
 
 Converting needs a processor but no quiet, timing needs quiet: steps may be run one at a time, the
@@ -8,7 +8,9 @@ first and the third beside other work. What is finished is kept; the same comman
 Runtimes that live in another environment: FBNAS_LITERT_PYTHON=PATH, FBNAS_EXECUTORCH_PYTHON=PATH,
 FBNAS_PYTORCH_PYTHON=PATH (a torch with torchao, for int8).
 
-Writes FOLDER/DEVICE_SPACE_RUNTIME_PRECISION.csv, with .calibration.csv and .calibration.html.
+Writes FOLDER/DEVICE_SPACE_RUNTIME_PRECISION.csv, with .calibration.csv and .calibration.html, the
+time of each step into seconds.csv, and .alone.csv: the same blocks each in a run of its own, for
+those runtimes that convert a block in a moment. report.py makes a page of it.
 """
 
 import argparse
@@ -32,10 +34,11 @@ from fbnas.latency.profiling import (
 from fbnas.latency.table import LatencyTable
 from fbnas.space import SearchSpace
 
-STEPS = ("compile", "profile", "networks", "calibrate")
+STEPS = ("compile", "profile", "alone", "networks", "calibrate")
 FITTED, HELD_OUT = 20, 20
 MANY_HELD_OUT = {"onnxruntime": 80, "openvino": 80}  # those that compile a network in a second
 SEED = 0
+NOTHING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Case:
         print(
             f"{self.table.name}: noise floor {100 * table.noise_floor:.2f} %, quiet: {table.quiet}"
         )
+
+    def alone(self) -> None:
+        path = self.table.with_suffix(".alone.csv")
+        if self.device.runtime in MANY_HELD_OUT and not path.exists():
+            profile(self.space, self.device, path, classes=self.classes, seed=SEED, context=False)
 
     def compile_networks(self) -> None:
         table = LatencyTable.load(self.table)
@@ -128,6 +136,14 @@ def devices(name: str, runtimes: list[str], precisions: list[str]) -> list[Devic
     return found
 
 
+def write_down(path: Path, step: str, table: str, seconds: float) -> None:
+    """Add how long a step took, unless there was nothing left to do."""
+    if seconds > NOTHING_SECONDS:
+        new = not path.exists()
+        with path.open("a") as file:
+            file.write(("step,table,seconds\n" if new else "") + f"{step},{table},{seconds:.1f}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -155,7 +171,9 @@ def main() -> None:
                     getattr(case, action)()
                 except InputError as error:
                     print(f"{step} {case.table.name}: {error}")
-                print(f"{step} {case.table.name}: {time.monotonic() - started:.1f} s", flush=True)
+                seconds = time.monotonic() - started
+                print(f"{step} {case.table.name}: {seconds:.1f} s", flush=True)
+                write_down(arguments.folder / "seconds.csv", step, case.table.name, seconds)
 
 
 if __name__ == "__main__":
