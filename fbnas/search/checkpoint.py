@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fbnas.errors import InputError
-from fbnas.files import load_checkpoint, save_checkpoint
+from fbnas.files import load_checkpoint
+from fbnas.training.processes import summed
 
 if TYPE_CHECKING:
     from fbnas.search.loop import Loop
 
 
-def write(loop: "Loop", path: Path) -> None:
-    """Replace the checkpoint by everything that the rest of the search depends on."""
-    state = {
+def state_of(loop: "Loop") -> dict[str, Any]:
+    """Return everything that the rest of the search depends on; all processes take part."""
+    return {
         "recipe": recipe(loop),
         "supernet": loop.supernet.state_dict(),
         "weights_optimiser": loop.weights_optimiser.state_dict(),
@@ -29,18 +30,24 @@ def write(loop: "Loop", path: Path) -> None:
             for learner in loop.learners
         ],
         "position": [loop.epoch, loop.phase, loop.step],
-        "sums": loop.sums,
+        "sums": {part: summed(sums, loop.fabric) for part, sums in loop.sums.items()},
         "history": loop.history,
         "epoch_seconds": loop.epoch_seconds_before + time.monotonic() - loop.epoch_started,
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if loop.device.type == "cuda" else [],
+        "cuda_rng": torch.cuda.get_rng_state(loop.device) if loop.device.type == "cuda" else None,
+        "scaler": _scaler_state(loop),
     }
-    save_checkpoint(path, state)
+
+
+def _scaler_state(loop: "Loop") -> dict[str, Any]:
+    """Return the state of fp16's loss scale; empty at other precisions."""
+    found: dict[str, Any] = loop.fabric.strategy.precision.state_dict()
+    return found
 
 
 def recipe(loop: "Loop") -> dict[str, Any]:
     """Return what must be the same for a checkpoint to be continued."""
-    settings = asdict(loop.settings)
+    settings = asdict(loop.settings) | {"precision": loop.fabric.strategy.precision.precision}
     for key in ("device", "checkpoint_every_s"):
         settings.pop(key)
     return {
@@ -63,13 +70,13 @@ def recipe(loop: "Loop") -> dict[str, Any]:
     }
 
 
-def read(loop: "Loop", path: Path) -> None:
-    """Put a search where its checkpoint left off.
+def read(loop: "Loop", path: Path) -> dict[str, Any]:
+    """Read a checkpoint and see that it is of this search.
 
     Raises:
         InputError: a checkpoint that is damaged, or of something else than this search.
     """
-    state = load_checkpoint(path)
+    state: dict[str, Any] = load_checkpoint(path)
     if not isinstance(state, dict) or "recipe" not in state:
         raise InputError(
             f"{path} is not the checkpoint of a search; give the folder of one, or start again "
@@ -82,6 +89,15 @@ def read(loop: "Loop", path: Path) -> None:
                 f"{path} is of another search: {_difference(key, before, value)}; resume "
                 "with the same options, or start again with overwrite=true."
             )
+    return state
+
+
+def take_up(loop: "Loop", state: dict[str, Any], path: Path) -> None:
+    """Put a search where its checkpoint left off.
+
+    Raises:
+        InputError: the state is not whole.
+    """
     try:
         _take_up(loop, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -99,16 +115,17 @@ def _take_up(loop: "Loop", state: dict[str, Any]) -> None:
         with torch.no_grad():
             learner.distribution.logits.copy_(stored["logits"])
         learner.optimiser.load_state_dict(stored["optimiser"])
-        if "multiplier" in stored:  # of a version that had a budget of latency alone
-            stored["multipliers"] = {"latency": stored["multiplier"]}
         learner.multipliers = {name: stored["multipliers"][name] for name in learner.multipliers}
     loop.epoch, loop.phase, loop.step = state["position"]
-    loop.sums = {part: sums.to(loop.device) for part, sums in state["sums"].items()}
+    for part, sums in state["sums"].items():  # those of all processes: the first goes on with them
+        loop.sums[part] = sums.to(loop.device) * loop.first
     loop.history = state["history"]
     loop.epoch_seconds_before = state["epoch_seconds"]
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] and loop.device.type == "cuda":
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"] is not None and loop.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu(), loop.device)
+    if state["scaler"]:
+        loop.fabric.strategy.precision.load_state_dict(state["scaler"])
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

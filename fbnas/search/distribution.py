@@ -40,7 +40,12 @@ class ArchitectureDistribution(nn.Module):
         return self.masked_logits().log_softmax(dim=1)
 
     def gates(
-        self, tau: float, *, hard: bool = False, generator: torch.Generator | None = None
+        self,
+        tau: float,
+        *,
+        hard: bool = False,
+        draws: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw m_l = softmax((theta_l + g_l) / tau) with g ~ Gumbel(0, 1): (layers, blocks).
 
@@ -48,18 +53,51 @@ class ArchitectureDistribution(nn.Module):
         relaxed gates (straight-through).
         Source: Jang et al. 2016 (arXiv 1611.01144), equation 2 and section 2.2.
 
+        Args:
+            draws: so many independent draws, (draws, layers, blocks), for instance one per image,
+                whose mean varies less than a single draw.
+
         Raises:
             ValueError: tau is not positive.
         """
+        soft = (self._noisy(draws, tau, generator) / tau).softmax(dim=-1)
+        return _straight_through(soft) if hard else soft
+
+    def two_path_gates(
+        self, tau: float, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, list[list[int]]]:
+        """Draw two blocks per layer, and hard gates between them.
+
+        The largest two of theta + g are two draws from P_theta without replacement, and the first
+        is a draw from P_theta itself: its gate is 1. The gradient is that of softmax over the two
+        (Cai et al. 2019, ProxylessNAS, arXiv 1812.00332, section 3.2.2, with Gumbel noise), so a
+        step needs two branches a layer instead of all.
+
+        Returns:
+            Gates (layers, blocks), and the indices of the blocks that were drawn, per layer: two,
+            or one where only one is offered.
+
+        Raises:
+            ValueError: tau is not positive.
+        """
+        noisy = self._noisy(None, tau, generator)
+        drawn = noisy.detach().topk(min(2, noisy.shape[1]), dim=1).indices
+        chosen = torch.zeros_like(self.offered).scatter(1, drawn, True) & self.offered
+        soft = (noisy.masked_fill(~chosen, -torch.inf) / tau).softmax(dim=1)
+        among = [
+            [i for i in pair if known[i]]
+            for pair, known in zip(drawn.tolist(), self.offered.tolist(), strict=True)
+        ]
+        return _straight_through(soft), among
+
+    def _noisy(self, draws: int | None, tau: float, generator: torch.Generator | None) -> Tensor:
+        """Theta plus Gumbel noise, -inf where not offered: ([draws,] layers, blocks)."""
         if not tau > 0:
             raise ValueError(f"tau is {tau}; expected a positive temperature.")
+        shape = self.logits.shape if draws is None else (draws, *self.logits.shape)
         # -log of an Exponential(1) draw is a Gumbel(0, 1) draw, and never infinite.
-        noise = -torch.empty_like(self.logits).exponential_(generator=generator).log()
-        soft = ((self.masked_logits() + noise) / tau).softmax(dim=1)
-        if not hard:
-            return soft
-        one_hot = functional.one_hot(soft.argmax(dim=1), soft.shape[1]).to(soft.dtype)
-        return one_hot - soft.detach() + soft
+        noise = -self.logits.new_empty(shape).exponential_(generator=generator).log()
+        return self.masked_logits() + noise
 
     def sample_path(self, generator: torch.Generator | None = None) -> list[int]:
         """Draw one block index per layer from P_theta."""
@@ -110,3 +148,9 @@ class ArchitectureDistribution(nn.Module):
         column = self.probabilities()[:, self.space.blocks.index("skip")]
         keeps = torch.tensor([layer.keeps_shape for layer in self.space.layers])
         return column * keeps.to(column)
+
+
+def _straight_through(soft: Tensor) -> Tensor:
+    """The one-hot of the largest entry of each row, with the gradient of `soft`."""
+    one_hot = functional.one_hot(soft.argmax(dim=-1), soft.shape[-1]).to(soft.dtype)
+    return one_hot - soft.detach() + soft

@@ -3,20 +3,22 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fbnas.errors import InputError
+from fbnas.files import save_checkpoint
 from fbnas.progress import progress
 from fbnas.search import checkpoint, logbook
 from fbnas.search.distribution import ArchitectureDistribution
+from fbnas.search.learner import Learner, learner_of
 from fbnas.search.objectives import DualAscent, Objective
-from fbnas.search.selection import Limit, check_budget, check_limits, latency_range
 from fbnas.search.settings import SearchSettings
 from fbnas.search.supernet import Supernet
 from fbnas.search.target import Target
@@ -24,45 +26,23 @@ from fbnas.space.search_space import SearchSpace
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, Images, batches, split_for_search
 from fbnas.training.interrupt import stop_on_signal
+from fbnas.training.processes import (
+    any_process,
+    average_gradients_,
+    set_up,
+    summed,
+    synchronise_bn_,
+)
 from fbnas.training.schedules import cosine
 from fbnas.training.settings import choose_device
 from fbnas.training.state import TrainingDiverged
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class Learner:
-    """One target's theta: its distribution, optimiser, lambdas, and what blocks cost there.
-
-    `limits` are all known costs, latency first; `multipliers` hold a lambda per budget of a sum.
-    """
-
-    target: Target
-    distribution: ArchitectureDistribution
-    optimiser: torch.optim.Optimizer
-    limits: tuple[Limit, ...]
-    multipliers: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        sums = [limit for limit in self.limits if limit.bounded and limit.kind == "sum"]
-        self.first = sums[0] if sums else None  # the one that the objective acts on
-        self.further = sums[1:]
-        self.multipliers = {limit.name: 0.0 for limit in sums}
-
-    @property
-    def latency_ms(self) -> Tensor:
-        """(layers, blocks), nan where a block is not offered."""
-        return self.limits[0].cost
-
-    @property
-    def base_ms(self) -> float:
-        """What every network takes."""
-        return self.limits[0].base
-
-    def expected(self, limit: Limit) -> Tensor:
-        """E[cost] of the whole network in the limit's unit, differentiable in theta."""
-        return self.distribution.expected(limit.cost, base=limit.base)
+AGREE_STEPS = 8  # processes ask each other so often whether to stop: on a GPU asking waits for it
 
 
 @dataclass(frozen=True)
@@ -87,6 +67,7 @@ def search(
     out: Path | str | None = None,
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    fabric: "Fabric | None" = None,
 ) -> SearchResult:
     """Learn theta for each target, and the weights that all share.
 
@@ -104,6 +85,8 @@ def search(
         out: folder for checkpoint, metrics.jsonl, TensorBoard, theta.json and the shared weights.
         resume: continue from the checkpoint in `out`, if there is one.
         on_epoch: called with each epoch's row.
+        fabric: a launched Lightning Fabric, for several processes or autocast; every process makes
+            the same call, the first writes. By default one process on `settings.device`, in fp32.
 
     Raises:
         InputError: a budget that the space cannot meet, a latency for which the objective is
@@ -118,15 +101,16 @@ def search(
         settings=settings or SearchSettings(),
         seed=seed,
         out=out,
+        fabric=fabric or one_process(settings or SearchSettings()),
     )
     if resume:
         loop.restore()
-    elif loop.out:  # nobody shall resume from what an older search left
-        (loop.out / "checkpoint.pt").unlink(missing_ok=True)
+    elif loop.writes:  # nobody shall resume from what an older search left
+        (loop.writes / "checkpoint.pt").unlink(missing_ok=True)
     with (
         stop_on_signal() as stop,
-        logbook.open_logbook(loop.out, loop.history) as book,
-        progress("Searching", total=loop.total_steps()) as loop.advance,
+        logbook.open_logbook(loop.writes, loop.history) as book,
+        loop.progress() as loop.advance,
     ):
         loop.advance(loop.steps_done())
         for epoch in range(loop.epoch, loop.settings.epochs):
@@ -134,14 +118,24 @@ def search(
             if epoch >= loop.settings.warmup:
                 loop.train_theta(epoch, stop)
             row = loop.finish_epoch(epoch)
-            book.write(row, loop.distributions)
+            if loop.first:
+                book.write(row, loop.distributions)
             loop.save()
-            if on_epoch:
+            if on_epoch and loop.first:
                 on_epoch(row)
-    if loop.out:
-        logbook.write_result(loop.out, space, loop.learners, loop.supernet)
+    if loop.writes:
+        logbook.write_result(loop.writes, space, loop.learners, loop.supernet)
     seconds = sum(row["seconds"] for row in loop.history)
     return SearchResult(loop.distributions, loop.supernet, list(targets), loop.history, seconds)
+
+
+def one_process(settings: SearchSettings) -> "Fabric":
+    """Return a Fabric of this process alone, on the device of the settings, in fp32."""
+    from lightning_fabric import Fabric
+
+    device = choose_device(settings.device)
+    index = [device.index] if device.index is not None else 1
+    return Fabric(accelerator=device.type, devices=index)
 
 
 class Loop:
@@ -157,31 +151,38 @@ class Loop:
         settings: SearchSettings,
         seed: int,
         out: Path | str | None,
+        fabric: "Fabric",
     ) -> None:
         if not targets:
             raise InputError("A search needs a target: a latency table and a budget, as target_ms.")
         torch.manual_seed(seed)
         self.settings, self.objective, self.data, self.seed = settings, objective, data, seed
+        self.fabric, self.device, self.first = fabric, fabric.device, fabric.is_global_zero
         self.out = Path(out) if out else None
-        self.device = choose_device(settings.device)
+        self.writes = self.out if self.first else None
         self.supernet = Supernet(space, classes=data.classes)
+        if fabric.world_size > 1:
+            synchronise_bn_(self.supernet)
         # as the batches are: training steps of FBNets take 0.6 of the time so (batches())
         self.supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.weights_optimiser = torch.optim.SGD(
+        sgd = torch.optim.SGD(
             self.supernet.parameters(),
             lr=settings.weights_lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+        self.weights_optimiser = set_up(sgd, fabric)
         self.learners = [
-            _learner(space, data.classes, target, objective, settings) for target in targets
+            learner_of(space, data.classes, target, objective, settings) for target in targets
         ]
-        self.ascent = objective if isinstance(objective, DualAscent) else DualAscent()
-        allowed = torch.stack([learner.distribution.offered.cpu() for learner in self.learners])
+        for learner in self.learners:
+            learner.optimiser = set_up(learner.optimiser, fabric)
+        allowed = torch.stack([learner.distribution.offered for learner in self.learners])
         self.uniform = ArchitectureDistribution(space, allowed.any(dim=0))
         self.weights_images, self.theta_images = split_for_search(
             data.train, fraction=settings.weights_fraction, seed=seed
         )
+        self._check_batch_size()
         self.augment = build_augmentation(**settings.augment) if settings.augment else None
         self.epoch, self.phase, self.step = 0, "weights", 0
         self.sums = _no_sums(self.device)
@@ -202,14 +203,26 @@ class Loop:
         steps = self.steps(self.weights_images)
         for images, labels in self.order(self.weights_images, epoch, start=self.step):
             self.set_weights_lr(epoch * steps + self.step, self.settings.epochs * steps)
-            scores = self.supernet(images, self.weights_gates(epoch))
-            loss = functional.cross_entropy(scores, labels)
-            self.weights_optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            self.weights_optimiser.step()
-            self.count("weights", loss, scores, labels)
+            self.weights_step(images, labels, self.weights_gates(epoch))
             self.finish_step(epoch, stop)
         self.phase, self.step = "theta", 0
+
+    def weights_step(self, images: Tensor, labels: Tensor, gates: Tensor | list[int]) -> None:
+        """Descend the cross-entropy of one batch, in parts where memory is short."""
+        self.weights_optimiser.zero_grad(set_to_none=True)
+        parts = self.settings.accumulate
+        for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            with self.fabric.autocast():
+                scores = self.supernet(x, gates)
+            loss = functional.cross_entropy(scores.float(), y)
+            self.fabric.backward(loss / parts)
+            self.count("weights", loss, scores, y)
+        average_gradients_(self.supernet.parameters(), self.fabric)
+        if self.settings.clip_norm is not None:
+            self.fabric.clip_gradients(
+                self.supernet, self.weights_optimiser, max_norm=self.settings.clip_norm
+            )
+        self.weights_optimiser.step()
 
     def train_theta(self, epoch: int, stop: Callable[[], bool]) -> None:
         """Passes over theta's images: each target's theta descends its objective."""
@@ -226,42 +239,20 @@ class Loop:
                 self.finish_step(epoch, stop)
 
     def theta_step(self, learner: Learner, images: Tensor, labels: Tensor, tau: float) -> None:
-        gates = learner.distribution.gates(tau, hard=self.settings.gates == "hard")
-        scores = self.supernet(images, gates)
-        cross_entropy = functional.cross_entropy(scores, labels)
-        costs = {limit.name: learner.expected(limit) for limit in learner.further}
-        loss = cross_entropy
-        if learner.first is not None:
-            costs[learner.first.name] = learner.expected(learner.first)
-            loss = self.objective.loss(
-                cross_entropy,
-                costs[learner.first.name],
-                budget_ms=learner.first.budget,
-                multiplier=learner.multipliers[learner.first.name],
-            )
-        for limit in learner.further:
-            loss = loss + self.ascent.further_loss(
-                costs[limit.name],
-                budget=limit.budget,
-                multiplier=learner.multipliers[limit.name],
-            )
+        """Let one theta descend its objective on one batch."""
+        gates, among = learner.gates(self.settings, tau, len(images) * self.fabric.world_size)
+        if gates.dim() == 3:  # every process draws for all images, and uses those of its part
+            gates = gates.chunk(self.fabric.world_size)[self.fabric.global_rank]
+        with self.fabric.autocast():
+            scores = self.supernet(images, gates, among)
+        cross_entropy = functional.cross_entropy(scores.float(), labels)
+        loss, costs = learner.loss(cross_entropy)
         learner.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        self.fabric.backward(loss)
+        average_gradients_(learner.distribution.parameters(), self.fabric)
         learner.optimiser.step()
-        self.raise_multipliers(learner, {k: float(v.detach()) for k, v in costs.items()})
+        learner.raise_multipliers(costs)
         self.count("theta", cross_entropy, scores, labels)
-
-    def raise_multipliers(self, learner: Learner, costs: dict[str, float]) -> None:
-        """Let every lambda follow what its expected cost was before the step."""
-        for limit in learner.further:
-            learner.multipliers[limit.name] = self.ascent.next_multiplier(
-                learner.multipliers[limit.name], costs[limit.name], limit.budget
-            )
-        if learner.first is not None:
-            name, budget = learner.first.name, learner.first.budget
-            learner.multipliers[name] = self.objective.next_multiplier(
-                learner.multipliers[name], costs[name], budget
-            )
 
     def weights_gates(self, epoch: int) -> Tensor | list[int]:
         """A uniform path while theta sleeps; then what the recipe says, for one of the targets."""
@@ -271,7 +262,7 @@ class Loop:
         if self.settings.weights_on == "path":
             return learner.distribution.sample_path()
         with torch.no_grad():
-            return learner.distribution.gates(self.settings.tau_at(epoch))
+            return learner.distribution.gates(self.settings.tau_at(epoch)).to(self.device)
 
     def order(
         self, images: Images, epoch: int, *, start: int, index: int = 0
@@ -288,11 +279,31 @@ class Loop:
             augment=self.augment if index == 0 else None,  # theta is judged on images as they are
             drop_last=True,
             start=start,
+            part=(self.fabric.global_rank, self.fabric.world_size),
         )
 
     def steps(self, images: Images) -> int:
         """Steps in one pass; the last batch is left out unless it is whole."""
         return max(len(images) // self.settings.batch_size, 1)
+
+    def _check_batch_size(self) -> None:
+        """Refuse batches that cannot be divided among processes and parts."""
+        pieces = self.fabric.world_size * self.settings.accumulate
+        for images in (self.weights_images, self.theta_images):
+            size = min(self.settings.batch_size, len(images))
+            if size % pieces or size // pieces < 2:
+                raise InputError(
+                    f"a batch of {size} images cannot be divided among {self.fabric.world_size} "
+                    f"process(es) and {self.settings.accumulate} part(s) of at least 2 each; "
+                    "expected a multiple: change search.batch_size, search.accumulate or "
+                    "fabric.devices."
+                )
+
+    def progress(self) -> AbstractContextManager[Callable[[int], None]]:
+        """The display of all steps; only the first process shows one."""
+        if not self.first:
+            return nullcontext(lambda steps: None)
+        return progress("Searching", total=self.total_steps())
 
     def total_steps(self) -> int:
         """Steps of the whole search, for the progress display."""
@@ -322,8 +333,12 @@ class Loop:
         """Count the step; on Ctrl-C, or when minutes have passed, write a checkpoint."""
         self.step += 1
         self.advance(1)
-        interrupted = stop()
-        if interrupted or time.monotonic() - self.last_save > self.settings.checkpoint_every_s:
+        due = time.monotonic() - self.last_save > self.settings.checkpoint_every_s
+        several = self.fabric.world_size > 1
+        if several and self.step % AGREE_STEPS:
+            return
+        interrupted = any_process(stop(), self.fabric)
+        if interrupted or any_process(due, self.fabric):
             self.refuse_nan(epoch)
             self.epoch = epoch
             self.save()
@@ -336,7 +351,8 @@ class Loop:
         Raises:
             TrainingDiverged: a loss, the weights or theta are no longer numbers.
         """
-        found = {f"{part} loss is": [sums[0]] for part, sums in self.sums.items()}
+        sums_of_all = {part: summed(sums, self.fabric) for part, sums in self.sums.items()}
+        found = {f"{part} loss is": [sums[0]] for part, sums in sums_of_all.items()}
         found["supernet's weights are"] = list(self.supernet.state_dict().values())
         found["values of theta are"] = [d.logits for d in self.distributions]
         for subject, tensors in found.items():
@@ -358,7 +374,7 @@ class Loop:
             self.settings,
             self.objective,
             self.learners,
-            means=_means(self.sums),
+            means=_means({part: summed(sums, self.fabric) for part, sums in self.sums.items()}),
             seconds=seconds,
         )
         self.history.append(row)
@@ -370,39 +386,30 @@ class Loop:
     def save(self) -> None:
         """Replace the checkpoint by everything that the rest of the search depends on."""
         if self.out is not None:
-            checkpoint.write(self, self.out / "checkpoint.pt")
+            state = checkpoint.state_of(self)
+            if self.writes:
+                save_checkpoint(self.writes / "checkpoint.pt", state)
             self.last_save = time.monotonic()
 
     def restore(self) -> None:
-        """Continue from the checkpoint in `out`, if there is one."""
-        if self.out is not None and (self.out / "checkpoint.pt").exists():
-            checkpoint.read(self, self.out / "checkpoint.pt")
-            log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
-
-
-def _learner(
-    space: SearchSpace, classes: int, target: Target, objective: Objective, settings: SearchSettings
-) -> Learner:
-    """Start a target's theta; it never offers a block that a budget of a maximum forbids.
-
-    Raises:
-        InputError: a budget or a latency that nothing can be learned for.
-    """
-    limits = target.limits(space, classes)
-    latency_ms, base_ms = limits[0].cost, limits[0].base
-    if target.budget_ms is not None:
-        check_budget(target.budget_ms, latency_ms, base_ms)
-    check_limits(limits)
-    fastest_ms = latency_range(latency_ms, base_ms)[0]
-    objective.check(None if target.budget_ms is None else fastest_ms)
-    device = choose_device(settings.device)
-    allowed = torch.stack([limit.offered() for limit in limits]).all(dim=0)
-    distribution = ArchitectureDistribution(space, allowed).to(device)
-    adam = torch.optim.Adam(
-        distribution.parameters(), lr=settings.theta_lr, weight_decay=settings.theta_weight_decay
-    )
-    on_device = tuple(replace(limit, cost=limit.cost.to(device)) for limit in limits)
-    return Learner(target, distribution, adam, on_device)
+        """Continue from the checkpoint in `out`, if there is one; the first process reads it."""
+        if self.out is None:
+            return
+        path = self.out / "checkpoint.pt"
+        state, refusal = None, None
+        if self.first and path.exists():
+            try:
+                state = checkpoint.read(self, path)
+            except InputError as error:
+                refusal = str(error)
+        if self.fabric.world_size > 1:
+            state, refusal = self.fabric.broadcast((state, refusal))
+        if refusal is not None:
+            raise InputError(refusal)
+        if state is not None:
+            checkpoint.take_up(self, state, path)
+            if self.first:
+                log.info("resumed at epoch %d of %d", self.epoch + 1, self.settings.epochs)
 
 
 def _no_sums(device: torch.device) -> dict[str, Tensor]:

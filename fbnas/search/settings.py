@@ -14,9 +14,14 @@ PUBLISHED_EPOCHS = 90
 class SearchSettings:
     """The recipe. The defaults are `search=fast`; configs/search/fbnet.yaml is the published one.
 
-    gates: "soft" or "hard" (straight-through), for theta's steps.
+    theta_step: how theta's gradient is found: "hard" (one path is mixed, all blocks judge it:
+        straight-through), "all" (all blocks mixed by relaxed gates) or "two_paths" (two sampled
+        blocks a layer, straight-through).
+    draws: of gates in a theta step: one for the "batch", or one for each "example".
     weights_on: what a weights step trains once theta is awake: one sampled "path" (drawn from
         P_theta), one "uniform" path, or all blocks mixed by soft "gates".
+    accumulate: parts of a batch whose gradients are summed up, where memory is short.
+    clip_norm: largest norm of a weights gradient; None clips nothing.
     tau_final: None follows the paper: tau * exp(-0.045) per epoch of 90, stretched over `epochs`.
     """
 
@@ -31,20 +36,27 @@ class SearchSettings:
     theta_lr: float = 0.1
     theta_weight_decay: float = 0.0
     theta_passes: int = 1
-    gates: str = "hard"
+    theta_step: str = "hard"
+    draws: str = "batch"
     tau: float = 1.0
     tau_final: float | None = 1.0
     weights_fraction: float = 0.8
+    accumulate: int = 1
+    clip_norm: float | None = None
     augment: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     checkpoint_every_s: float = 300.0
 
     def __post_init__(self) -> None:
-        choices = {"gates": ("soft", "hard"), "weights_on": ("path", "uniform", "gates")}
+        choices = {
+            "theta_step": ("hard", "all", "two_paths"),
+            "draws": ("batch", "example"),
+            "weights_on": ("path", "uniform", "gates"),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise unknown(f"value of search.{name}:", getattr(self, name), known)
-        for name in ("epochs", "batch_size", "theta_passes"):
+        for name in ("epochs", "batch_size", "theta_passes", "accumulate"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(
@@ -55,8 +67,13 @@ class SearchSettings:
                 raise InputError(
                     f"search.{name} is {getattr(self, name)}; expected between 0 and 1."
                 )
-        for name in ("weights_lr", "theta_lr"):
-            if not getattr(self, name) > 0:
+        if self.draws == "example" and self.theta_step == "two_paths":
+            raise InputError(
+                "search.draws=example needs all blocks of a layer; expected search.theta_step=hard "
+                "or all, or search.draws=batch."
+            )
+        for name in ("weights_lr", "theta_lr", "clip_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"search.{name} is {getattr(self, name)}; expected more than 0.")
         for name in ("momentum", "weight_decay", "theta_weight_decay"):
             if not 0 <= getattr(self, name) < (1 if name == "momentum" else math.inf):

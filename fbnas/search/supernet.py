@@ -1,6 +1,7 @@
 """Supernet: every block of every layer, with shared weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,65 @@ class MixedBlock(nn.Module):
         """Return the block with index `choice` in the space's list of blocks."""
         return self.branches[self.index[choice]]
 
-    def forward(self, features: Tensor, gate: Tensor | int) -> Tensor:
-        """`gate`: a block index, or one weight per block of the space, (blocks,)."""
+    def forward(
+        self,
+        features: Tensor,
+        gate: Tensor | int,
+        values: Sequence[float] | None = None,
+        among: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Mix the blocks.
+
+        Args:
+            features: (n, c, h, w).
+            gate: a block index; or one weight per block of the space, (blocks,); or such weights
+                for each image, (n, blocks).
+            values: the weights (blocks,) as numbers, where the caller has them; reading them from a
+                GPU waits for it.
+            among: indices of the blocks that may be computed; all that the layer offers by default.
+        """
         if isinstance(gate, int):
             return self.branch(gate)(features)
-        choices = list(self.index)
-        if not gate.requires_grad:  # a zero gate then carries neither value nor gradient
-            weights = gate.tolist()
-            choices = [i for i in choices if weights[i] != 0.0] or choices[:1]
-        mixed = gate[choices[0]] * self.branch(choices[0])(features)
-        for i in choices[1:]:
-            mixed = mixed + gate[i] * self.branch(i)(features)
-        return mixed
+        choices = list(self.index) if among is None else list(among)
+        if gate.dim() == 2:
+            return _weighted(self, features, gate.T[:, :, None, None, None], choices)
+        values = gate.tolist() if values is None else values
+        used = [i for i in choices if values[i] != 0.0] or choices[:1]
+        mixed = _weighted(self, features, gate, used)
+        silent = [i for i in choices if i not in used] if gate.requires_grad else []
+        if not silent:
+            return mixed
+        # A gate of zero passes nothing on and nothing back: its block is computed without a graph,
+        # for the gate's own gradient, which is a third of the work.
+        with torch.no_grad():
+            outputs = [self.branch(i)(features) for i in silent]
+        return _Silent.apply(mixed, gate[silent], *outputs)
+
+
+def _weighted(block: MixedBlock, features: Tensor, gate: Tensor, choices: Sequence[int]) -> Tensor:
+    """The sum of gate * output over the choices; `gate` holds a factor per block of the space."""
+    mixed = gate[choices[0]] * block.branch(choices[0])(features)
+    for i in choices[1:]:
+        mixed = mixed + gate[i] * block.branch(i)(features)
+    return mixed
+
+
+class _Silent(torch.autograd.Function):
+    """mixed + sum_i gate_i * output_i with gates that are zero: the value is `mixed` itself.
+
+    d/d gate_i = <gradient, output_i>; the outputs are constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, gate: Tensor, *outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*outputs)
+        ctx.gate_dtype = gate.dtype
+        return mixed.view_as(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        products = [(gradient * output).sum(dtype=ctx.gate_dtype) for output in ctx.saved_tensors]
+        return gradient, torch.stack(products), *[None] * len(products)
 
 
 class Supernet(nn.Module):
@@ -70,29 +118,47 @@ class Supernet(nn.Module):
         self.classifier = build_classifier(space, classes)
         initialise_(self)
 
-    def forward(self, images: Tensor, gates: Tensor | Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        gates: Tensor | Sequence[int],
+        among: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
         """Compute the scores, (n, classes).
 
         Args:
             images: (n, input_channels, R, R).
-            gates: (layers, blocks) weights, all branches computed and mixed; or a path, one block
-                index per layer, only those computed.
+            gates: a path, one block index per layer, only those computed; or weights, (layers,
+                blocks) or per image (n, layers, blocks), with which all branches are mixed. Weights
+                on the CPU are read without waiting for a GPU.
+            among: the block indices of each layer that may be computed; all by default.
 
         Raises:
             ValueError: gates of another shape.
         """
-        if len(gates) != len(self.layers) or (
-            isinstance(gates, Tensor) and gates.shape[1:] != (len(self.space.blocks),)
-        ):
-            shape = tuple(gates.shape) if isinstance(gates, Tensor) else f"{len(gates)} indices"
-            raise ValueError(
-                f"gates are {shape}; expected ({len(self.layers)}, {len(self.space.blocks)}) or a "
-                f"path of {len(self.layers)} block indices."
-            )
         features = self.stem(images)
-        for layer, gate in zip(self.layers, gates, strict=True):
-            features = layer(features, gate)
+        if not isinstance(gates, Tensor):
+            self._check((len(gates),), f"{len(gates)} indices")
+            for layer, choice in zip(self.layers, gates, strict=True):
+                features = layer(features, choice)
+            return self.classifier(self.head(features))
+        per_image = gates.dim() == 3 and len(gates) == len(images)
+        self._check(gates.shape[1:] if per_image else gates.shape, str(tuple(gates.shape)))
+        rows = gates.unbind(1) if per_image else gates.unbind(0)
+        values = None if per_image else gates.detach().tolist()
+        for i, layer in enumerate(self.layers):
+            row = rows[i].to(images.device, non_blocking=True)
+            allowed = None if among is None else among[i]
+            features = layer(features, row, None if values is None else values[i], allowed)
         return self.classifier(self.head(features))
+
+    def _check(self, shape: Sequence[int], words: str) -> None:
+        expected = (len(self.layers), len(self.space.blocks))
+        if tuple(shape) != expected[: len(shape)] or not 1 <= len(shape) <= 2:
+            raise ValueError(
+                f"gates are {words}; expected {expected} or a path of {len(self.layers)} block "
+                f"indices, or (images, {expected[0]}, {expected[1]})."
+            )
 
     def network(self, architecture: Architecture) -> Network:
         """Return the architecture's network with a copy of the shared weights."""

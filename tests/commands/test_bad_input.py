@@ -69,7 +69,7 @@ TYPOS = [
     ("run init=scrach", "'scratch'"),
     ("run device.precision=fp23", "'fp32'"),
     ("run device.runtime=onnxruntim", "'onnxruntime'"),
-    ("run search.gates=sofd", "'soft'"),
+    ("run search.theta_step=hart", "'hard'"),
     ("count architecture=fbnet_aa", "'fbnet_a'"),
     ("compress model=network method=int", "'int8'"),
     ("export model=network format=onx", "'onnx'"),

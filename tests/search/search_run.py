@@ -1,6 +1,8 @@
-"""A real, tiny search; also in a process of its own: search_run.py OUT [resume] [SIGNAL@STEP ...].
+"""A real, tiny search; also in a process of its own: search_run.py OUT [OPTION ...].
 
-The signal hits the process right after so many steps, so that no test depends on the time.
+resume; plain: without augmentation; devices=N: on N processes; seed=N; watch: every process writes
+what it holds after each epoch beside OUT; SIGNAL@STEP: the signal hits the (first) process right
+after so many steps, so that no test depends on the time.
 """
 
 import os
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fbnas.errors import InputError
 from fbnas.search import SearchResult, SearchSettings, Target, loop, search
 from fbnas.space import SearchSpace
 from fbnas.training.data import Data, load_data
@@ -101,10 +104,56 @@ def hit_after(steps: int, number: int) -> None:
     loop.Loop.finish_step = count_and_finish  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def watch(out: Path) -> None:
+    """Write theta, the weights and the paths drawn so far after every epoch of this process."""
+    finish_epoch, weights_gates, paths = loop.Loop.finish_epoch, loop.Loop.weights_gates, []
+
+    def note_gates(self: Any, epoch: int) -> Any:
+        paths.append(weights_gates(self, epoch))
+        return paths[-1]
+
+    def note_and_finish(self: Any, epoch: int) -> Any:
+        held = {
+            "paths": paths,
+            "theta": {str(i): d.logits.detach() for i, d in enumerate(self.distributions)},
+            "weights": dict(self.supernet.state_dict()),
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(held, out.parent / f"rank_{self.fabric.global_rank}_epoch_{epoch}.pt")
+        return finish_epoch(self, epoch)
+
+    loop.Loop.weights_gates = note_gates  # type: ignore[method-assign]
+    loop.Loop.finish_epoch = note_and_finish  # type: ignore[method-assign]
+
+
+def main(out: Path, options: list[str]) -> int:
+    from lightning_fabric import Fabric
+
     torch.set_num_threads(1)
-    for option in sys.argv[2:]:
-        if "@" in option:
+    given = dict(option.split("=") for option in options if "=" in option)
+    devices = int(given.get("devices", 1))
+    fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto")
+    fabric.launch()
+    for option in options:
+        if "@" in option and fabric.is_global_zero:
             name, step = option.split("@")
             hit_after(int(step), signal.Signals[name])
-    run(Path(sys.argv[1]), resume="resume" in sys.argv)
+    if "watch" in options:
+        watch(out)
+    settings = {"augment": {}} if "plain" in options else {}
+    try:
+        run(
+            out,
+            resume="resume" in options,
+            settings=settings,
+            seed=int(given.get("seed", 0)),
+            fabric=fabric,
+        )
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -55,10 +55,10 @@ def test_warmup_leaves_theta_and_draws_every_block_equally(
     paths: list[list[int]] = []
     forward = Supernet.forward
 
-    def note_path(self: Supernet, images: Tensor, gates: Any) -> Tensor:
+    def note_path(self: Supernet, images: Tensor, gates: Any, *rest: Any) -> Tensor:
         if isinstance(gates, list):
             paths.append(gates)
-        return forward(self, images, gates)
+        return forward(self, images, gates, *rest)
 
     monkeypatch.setattr(Supernet, "forward", note_path)
     settings = {"epochs": 16, "warmup_epochs": 15, "batch_size": 8, "augment": {}, **NO_MID_EPOCH}

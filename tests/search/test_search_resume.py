@@ -24,7 +24,7 @@ WARMUP_STEPS = SETTINGS["warmup_epochs"] * WEIGHTS_STEPS
 EPOCH_STEPS = WEIGHTS_STEPS + THETA_STEPS
 SOFT = {  # as the published recipe: all blocks mixed
     "weights_on": "gates",
-    "gates": "soft",
+    "theta_step": "all",
     "tau": 5.0,
     "tau_final": None,
     "theta_passes": 2,

@@ -66,8 +66,71 @@ def test_theta_learns_through_hard_gates(supernet: Supernet) -> None:
     assert (theta.logits.grad.abs().sum(dim=1) > 0).all()
 
 
+def straightforward(supernet: Supernet, images: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """The sum over all branches as equation 4 is written, all of it in the graph."""
+    features = supernet.stem(images)
+    for layer, gate in zip(supernet.layers, gates, strict=True):
+        features = sum(gate[i] * layer.branch(i)(features) for i in layer.index)
+    return supernet.classifier(supernet.head(features))
+
+
+@pytest.mark.parametrize("kind", ["hard", "all"])
+def test_gates_have_the_gradient_of_the_straightforward_sum(supernet: Supernet, kind: str) -> None:
+    theta = ArchitectureDistribution(supernet.space)
+    images, labels = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 3])
+    gradients = []
+    for forward in (straightforward, lambda net, *given: net(*given)):
+        gates = theta.gates(1.0, hard=kind == "hard", generator=torch.Generator().manual_seed(2))
+        images = images.detach().clone().requires_grad_(True)
+        functional.cross_entropy(forward(supernet, images, gates), labels).backward()
+        gradients.append((theta.logits.grad, images.grad))
+        theta.logits.grad = None
+    assert gradients[0][0].abs().max() > 1e-4
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_two_paths_compute_two_blocks_and_have_their_gradient(supernet: Supernet) -> None:
+    theta = ArchitectureDistribution(supernet.space)
+    gates, among = theta.two_path_gates(1.0, generator=torch.Generator().manual_seed(1))
+    ran: list[tuple[int, str]] = []
+    hooks = [
+        block.register_forward_hook(lambda *_, where=(i, name): ran.append(where))
+        for i, layer in enumerate(supernet.layers)
+        for name, block in layer.branches.items()
+    ]
+    images, labels = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 3])
+    functional.cross_entropy(supernet(images, gates, among), labels).backward()
+    for hook in hooks:
+        hook.remove()
+    names = supernet.space.blocks
+    assert sorted(ran) == sorted((i, names[j]) for i, pair in enumerate(among) for j in pair)
+    found, theta.logits.grad = theta.logits.grad, None
+    gates, _ = theta.two_path_gates(1.0, generator=torch.Generator().manual_seed(1))
+    functional.cross_entropy(straightforward(supernet, images, gates), labels).backward()
+    torch.testing.assert_close(found, theta.logits.grad, rtol=1e-4, atol=1e-7)
+    for i, pair in enumerate(among):
+        rest = [j for j in range(len(names)) if j not in pair]
+        assert len(pair) == 2
+        assert found[i, rest].abs().max() == 0
+        assert found[i, pair].abs().min() > 0
+        assert float(found[i].sum()) == pytest.approx(0, abs=1e-7)  # as every softmax's
+
+
+def test_gates_of_each_image_are_those_of_the_image_alone(supernet: Supernet) -> None:
+    theta = ArchitectureDistribution(supernet.space)
+    gates = theta.gates(1.0, draws=5)
+    images = torch.randn(5, 1, 16, 16)
+    with torch.no_grad():
+        found = supernet(images, gates)
+        alone = [supernet(images[i : i + 1], gates[i]) for i in range(5)]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_gates_are_refused(supernet: Supernet) -> None:
     with pytest.raises(ValueError, match=r"expected \(7, 9\) or a path of 7"):
         supernet(torch.randn(1, 1, 16, 16), torch.ones(7, 8))
     with pytest.raises(ValueError, match="6 indices"):
         supernet(torch.randn(1, 1, 16, 16), [0] * 6)
+    with pytest.raises(ValueError, match=r"gates are \(2, 7, 9\)"):
+        supernet(torch.randn(1, 1, 16, 16), torch.ones(2, 7, 9))
