@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fbnas import __version__
+from fbnas.commands.processes import be_silent_unless_first, is_first
 from fbnas.errors import InputError, closest
 
 COMMANDS = {
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"Unknown command '{command}'.{hint} Known: {', '.join(COMMANDS)}.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
     _quieten()
+    be_silent_unless_first()
     try:
         if any(option in overrides for option in ("-h", "--help")):
             from fbnas.commands.composition import describe
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        print(_how_to_resume(command, overrides, config.get("out")), file=sys.stderr)
+        if is_first():
+            print(_how_to_resume(command, overrides, config.get("out")), file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -80,11 +83,13 @@ class _Lines(logging.Handler):
     """Writes to what stderr is at the time: a progress bar puts itself in its place meanwhile."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        if is_first():
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _refuse(message: str) -> int:
-    print(f"fbnas: {' '.join(message.split())}", file=sys.stderr)
+    if is_first():
+        print(f"fbnas: {' '.join(message.split())}", file=sys.stderr)
     return WRONG_INPUT
 
 
@@ -101,7 +106,7 @@ def _how_to_resume(command: str, overrides: Sequence[str], out: str | None) -> s
 
 def _quieten() -> None:
     """Keep the libraries' own remarks out of the output."""
-    for name in ("httpx", "datasets", "torch", "absl", "onnxscript"):
+    for name in ("httpx", "datasets", "torch", "torchao", "absl", "onnxscript", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -24,7 +24,17 @@ from fbnas.errors import InputError, closest
 from fbnas.files import read_yaml
 from fbnas.shipped import configs_folder, looks_like_path, shipped_names
 
-GROUPS = ("space", "data", "device", "search", "objective", "training", "compression", "experiment")
+GROUPS = (
+    "space",
+    "data",
+    "device",
+    "search",
+    "objective",
+    "training",
+    "compression",
+    "fabric",
+    "experiment",
+)
 OPTIONAL_IN_SPACE = {"input_channels": 3, "skip_on_reduction": True, "modules": []}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fbnas import __version__
+from fbnas.commands.processes import is_first
 from fbnas.errors import InputError
 from fbnas.files import read_yaml, write_json, write_yaml
 
@@ -22,7 +23,7 @@ class OutFolder:
         self.path = Path(config["out"]) if config.get("out") else None
         self.started = time.monotonic()
         self.resume = bool(config.get("resume", False))
-        if self.path is not None:
+        if self.path is not None and is_first():  # of several processes the first one opens it
             self._open(self.path, overwrite=bool(config.get("overwrite", False)))
 
     @property

@@ -41,6 +41,7 @@ from fbnas.latency.profiling import AnyDevice, enliven_, profile, require_same_d
 from fbnas.latency.table import LatencyTable
 from fbnas.report import write_report
 from fbnas.search import (
+    LEAST_USED,
     Learned,
     Limit,
     SearchSettings,
@@ -245,6 +246,7 @@ def _candidates(chain: Chain, learned: Learned, limit_ms: float | None) -> list[
         count=chain.config["candidates"],
         space=chain.space,
         limits=learned.limits[1:],
+        least_used=LEAST_USED,
     )
     if chain.config["rank"] == "probability":
         return candidates

@@ -16,10 +16,12 @@ from fbnas.commands.budgets import (
 )
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_fraction, data_for, space_of
+from fbnas.commands.processes import check_fabric, fabric_of, is_first
 from fbnas.errors import InputError
 from fbnas.latency.table import LatencyTable
 from fbnas.latency.trust import doubts
 from fbnas.search import (
+    LEAST_USED,
     ArchitectureDistribution,
     LatencySource,
     SearchSettings,
@@ -54,8 +56,11 @@ def main(config: dict[str, Any]) -> int:
         )
         for table, budgets in pairs
     ]
+    check_fabric(config)
     out = OutFolder(config)
-    _say_doubts(*(target.table for target in targets))
+    fabric = fabric_of(config, settings.device)
+    if is_first():
+        _say_doubts(*(target.table for target in targets))
     result = search(
         space,
         data,
@@ -65,7 +70,10 @@ def main(config: dict[str, Any]) -> int:
         seed=config["seed"],
         out=out.folder,
         resume=out.resume,
+        fabric=fabric,
     )
+    if not fabric.is_global_zero:
+        return 0
     chosen = [
         _chosen(space, target, theta, data.classes)
         for target, theta in zip(targets, result.distributions, strict=True)
@@ -94,6 +102,7 @@ def _chosen(
         count=1,
         space=space,
         limits=others,
+        least_used=LEAST_USED,
     )[0]
     print(
         f"{target.name}: {best} predicted {predicted_text(best.provenance, limits)} "

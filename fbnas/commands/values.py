@@ -13,6 +13,7 @@ NUMBERS = (
     "max_params",
     "rounds",
     "seconds",
+    "search.clip_norm",
     "data.resolution",
     "data.channels",
     "data.limit",

@@ -6,6 +6,7 @@ from fbnas.search.loop import SearchResult, search
 from fbnas.search.objectives import OBJECTIVES, build_objective
 from fbnas.search.ranking import rank_by_shared_weights
 from fbnas.search.selection import (
+    LEAST_USED,
     Limit,
     check_budget,
     check_limits,
@@ -18,6 +19,7 @@ from fbnas.search.supernet import Supernet
 from fbnas.search.target import LatencySource, Target
 
 __all__ = [
+    "LEAST_USED",
     "OBJECTIVES",
     "ArchitectureDistribution",
     "LatencySource",

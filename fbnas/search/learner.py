@@ -65,21 +65,21 @@ class Learner:
         hard = settings.theta_step == "hard"
         return self.distribution.gates(tau, hard=hard, draws=draws), None
 
-    def loss(self, cross_entropy: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Return what theta descends, on the device of the cross-entropy, and E[cost] by name."""
+    def loss(self, task_loss: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Return what theta descends, on the device of the task's loss, and E[cost] by name."""
         bounded = [*([self.first] if self.first else []), *self.further]
         costs = {limit.name: self.expected(limit) for limit in bounded}
-        loss = cross_entropy
+        loss = task_loss
         if self.first is not None:
             loss = self.objective.loss(
-                cross_entropy,
-                costs[self.first.name].to(cross_entropy.device),
+                task_loss,
+                costs[self.first.name].to(task_loss.device),
                 budget_ms=self.first.budget,
                 multiplier=self.multipliers[self.first.name],
             )
         for limit in self.further:
             loss = loss + self.ascent.further_loss(
-                costs[limit.name].to(cross_entropy.device),
+                costs[limit.name].to(task_loss.device),
                 budget=limit.budget,
                 multiplier=self.multipliers[limit.name],
             )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fbnas.errors import InputError
 from fbnas.files import save_checkpoint
@@ -36,6 +35,7 @@ from fbnas.training.processes import (
 from fbnas.training.schedules import cosine
 from fbnas.training.settings import choose_device
 from fbnas.training.state import TrainingDiverged
+from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -68,6 +68,7 @@ def search(
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     fabric: "Fabric | None" = None,
+    task: Task = CLASSIFICATION,
 ) -> SearchResult:
     """Learn theta for each target, and the weights that all share.
 
@@ -87,6 +88,7 @@ def search(
         on_epoch: called with each epoch's row.
         fabric: a launched Lightning Fabric, for several processes or autocast; every process makes
             the same call, the first writes. By default one process on `settings.device`, in fp32.
+        task: what is asked of the networks: their loss, metric and last layers.
 
     Raises:
         InputError: a budget that the space cannot meet, a latency for which the objective is
@@ -102,6 +104,7 @@ def search(
         seed=seed,
         out=out,
         fabric=fabric or one_process(settings or SearchSettings()),
+        task=task,
     )
     if resume:
         loop.restore()
@@ -152,15 +155,17 @@ class Loop:
         seed: int,
         out: Path | str | None,
         fabric: "Fabric",
+        task: Task,
     ) -> None:
         if not targets:
             raise InputError("A search needs a target: a latency table and a budget, as target_ms.")
         torch.manual_seed(seed)
         self.settings, self.objective, self.data, self.seed = settings, objective, data, seed
+        self.task = task
         self.fabric, self.device, self.first = fabric, fabric.device, fabric.is_global_zero
         self.out = Path(out) if out else None
         self.writes = self.out if self.first else None
-        self.supernet = Supernet(space, classes=data.classes)
+        self.supernet = Supernet(space, data.classes, classifier=task.classifier)
         if fabric.world_size > 1:
             synchronise_bn_(self.supernet)
         # as the batches are: training steps of FBNets take 0.6 of the time so (batches())
@@ -180,7 +185,7 @@ class Loop:
         allowed = torch.stack([learner.distribution.offered for learner in self.learners])
         self.uniform = ArchitectureDistribution(space, allowed.any(dim=0))
         self.weights_images, self.theta_images = split_for_search(
-            data.train, fraction=settings.weights_fraction, seed=seed
+            data.train, fraction=settings.weights_fraction, seed=seed, strata=task.strata
         )
         self._check_batch_size()
         self.augment = build_augmentation(**settings.augment) if settings.augment else None
@@ -214,7 +219,7 @@ class Loop:
         for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
             with self.fabric.autocast():
                 scores = self.supernet(x, gates)
-            loss = functional.cross_entropy(scores.float(), y)
+            loss = self.task.loss(scores.float(), y)
             self.fabric.backward(loss / parts)
             self.count("weights", loss, scores, y)
         average_gradients_(self.supernet.parameters(), self.fabric)
@@ -245,14 +250,14 @@ class Loop:
             gates = gates.chunk(self.fabric.world_size)[self.fabric.global_rank]
         with self.fabric.autocast():
             scores = self.supernet(images, gates, among)
-        cross_entropy = functional.cross_entropy(scores.float(), labels)
-        loss, costs = learner.loss(cross_entropy)
+        task_loss = self.task.loss(scores.float(), labels)
+        loss, costs = learner.loss(task_loss)
         learner.optimiser.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         average_gradients_(learner.distribution.parameters(), self.fabric)
         learner.optimiser.step()
         learner.raise_multipliers(costs)
-        self.count("theta", cross_entropy, scores, labels)
+        self.count("theta", task_loss, scores, labels)
 
     def weights_gates(self, epoch: int) -> Tensor | list[int]:
         """A uniform path while theta sleeps; then what the recipe says, for one of the targets."""
@@ -326,7 +331,7 @@ class Loop:
         """Sum on the device: no step waits for a number that is only logged."""
         sums = self.sums[part]
         sums[0] += loss.detach().double() * len(labels)
-        sums[1] += (scores.detach().argmax(1) == labels).sum()
+        sums[1] += self.task.metric(scores.detach(), labels).sum()
         sums[2] += len(labels)
 
     def finish_step(self, epoch: int, stop: Callable[[], bool]) -> None:
@@ -413,7 +418,7 @@ class Loop:
 
 
 def _no_sums(device: torch.device) -> dict[str, Tensor]:
-    """(summed loss, right answers, images) of each part of an epoch."""
+    """(summed loss, summed metric, images) of each part of an epoch."""
     return {
         part: torch.zeros(3, dtype=torch.double, device=device) for part in ("weights", "theta")
     }

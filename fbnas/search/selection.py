@@ -16,6 +16,7 @@ from fbnas.space.search_space import NINE_BLOCKS, SearchSpace
 # A float32 softmax underflows to 0; such a block is unlikely, not absent.
 ROUNDING = 1e-12  # of sums in another order: the fastest network fits its own latency
 SMALLEST_PROBABILITY = 1e-38
+LEAST_USED = 0.9  # of a budget, by what the commands select: theta that idles wastes the rest
 OPTIONS = {"latency": "target_ms", "energy": "target_mj", "peak": "target_mb"}
 PREDICTIONS = {
     "latency": "predicted_latency_ms",
@@ -162,6 +163,7 @@ def most_probable_within(
     count: int = 5,
     space: SearchSpace | None = None,
     limits: Sequence[Limit] = (),
+    least_used: float = 0.0,
 ) -> list[Architecture]:
     """Return the `count` most probable architectures within every budget, best first.
 
@@ -178,6 +180,8 @@ def most_probable_within(
         count: how many; fewer come back where fewer fit.
         space: names the blocks; without it the columns are the nine FBNet blocks in their order.
         limits: further budgets, and costs without one that are only to be stated.
+        least_used: fraction of the first budget of a sum (latency, else energy, else parameters)
+            that a network has to use; it is dropped where no network within the budgets does.
 
     Raises:
         InputError: no architecture fits; the lowest and highest costs are named.
@@ -199,7 +203,8 @@ def most_probable_within(
             asked = limit.written(limit.budget)
             raise InputError(f"No network fits {asked}: {limit.range_text()}.")
     score = probabilities.detach().double().cpu().clamp(min=SMALLEST_PROBABILITY).log().numpy()
-    paths = _best_paths(score, every, count)
+    paths = _best_paths(score, every, count, least_used) if least_used > 0 else []
+    paths = paths or _best_paths(score, every, count)
     if not paths:
         _refuse_conflict(bounded)
     chosen = []
@@ -255,10 +260,13 @@ def _refuse_conflict(bounded: Sequence[Limit]) -> None:
     )
 
 
-def _best_paths(score: np.ndarray, limits: Sequence[Limit], count: int) -> list[list[int]]:
+def _best_paths(
+    score: np.ndarray, limits: Sequence[Limit], count: int, least_used: float = 0.0
+) -> list[list[int]]:
     """Solve, exclude the answer, solve again. Each path is one block index per layer.
 
     `score` is (layers, blocks); the limits without a budget say only which blocks are offered.
+    `least_used`: of the first budget of a sum.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -274,6 +282,11 @@ def _best_paths(score: np.ndarray, limits: Sequence[Limit], count: int) -> list[
         offered = offered & within
     one_per_layer = LinearConstraint(np.kron(np.eye(layers), np.ones(blocks)), 1, 1)
     budget_rows = [LinearConstraint(row * offered.ravel(), -np.inf, 1) for row, _ in rows]
+    first = next((limit for limit in bounded if limit.kind == "sum"), None)
+    if first is not None and least_used > 0:
+        room = max(first.most - first.base, np.finfo(float).tiny)
+        floor = (least_used * first.budget - first.base) / room
+        budget_rows[0] = LinearConstraint(rows[0][0] * offered.ravel(), floor, 1)
     excluded: list[np.ndarray] = []
     found: list[list[int]] = []
     while len(found) < count and offered.any(axis=1).all():

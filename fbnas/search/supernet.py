@@ -1,6 +1,6 @@
 """Supernet: every block of every layer, with shared weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,16 +106,24 @@ class Supernet(nn.Module):
     Args:
         space: what each layer may choose.
         classes: number of scores.
+        classifier: makes the last layers, for tasks other than classification.
     """
 
-    def __init__(self, space: SearchSpace, classes: int = 1000) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        classes: int = 1000,
+        *,
+        classifier: Callable[[SearchSpace, int], nn.Module] = build_classifier,
+    ) -> None:
         super().__init__()
         self.space = space
         self.classes = classes
         self.stem = build_stem(space)
         self.layers = nn.ModuleList(MixedBlock(layer, space.blocks) for layer in space.layers)
         self.head = build_head(space)
-        self.classifier = build_classifier(space, classes)
+        self.build_classifier = classifier
+        self.classifier = classifier(space, classes)
         initialise_(self)
 
     def forward(
@@ -164,7 +172,10 @@ class Supernet(nn.Module):
         """Return the architecture's network with a copy of the shared weights."""
         path = architecture.path(self.space)
         network = build_network(
-            self.space, Architecture(architecture.blocks, self.space.name), self.classes
+            self.space,
+            Architecture(architecture.blocks, self.space.name),
+            self.classes,
+            classifier=self.build_classifier,
         )
         parts = [(network.stem, self.stem), (network.head, self.head)]
         parts += [(network.classifier, self.classifier)]

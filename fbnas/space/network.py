@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,17 @@ def build_classifier(space: SearchSpace, classes: int) -> nn.Module:
     )
 
 
-def build_network(space: SearchSpace, architecture: Architecture, classes: int = 1000) -> Network:
+def build_network(
+    space: SearchSpace,
+    architecture: Architecture,
+    classes: int = 1000,
+    *,
+    classifier: Callable[[SearchSpace, int], nn.Module] = build_classifier,
+) -> Network:
     """Build the network of an architecture, freshly initialised.
+
+    Args:
+        classifier: makes the last layers, for tasks other than classification.
 
     An architecture that states its own `head` (the published ones do) overrides the space's.
 
@@ -84,7 +94,7 @@ def build_network(space: SearchSpace, architecture: Architecture, classes: int =
         build_stem(space),
         layers,
         build_head(space),
-        build_classifier(space, classes),
+        classifier(space, classes),
         input_shape=(space.input_channels, space.resolution, space.resolution),
     )
     return initialise_(network)

@@ -7,11 +7,14 @@ from fbnas.training.interrupt import stop_on_signal
 from fbnas.training.loop import TrainingResult, train
 from fbnas.training.settings import TrainingSettings
 from fbnas.training.state import TrainingDiverged
+from fbnas.training.task import CLASSIFICATION, Task
 
 __all__ = [
+    "CLASSIFICATION",
     "Data",
     "Images",
     "Subset",
+    "Task",
     "TensorImages",
     "TrainingDiverged",
     "TrainingResult",

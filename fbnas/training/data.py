@@ -114,10 +114,19 @@ def load_data(
 
 
 def split_for_search(
-    images: Images, fraction: float = 0.8, *, seed: int = 0
+    images: Images,
+    fraction: float = 0.8,
+    *,
+    seed: int = 0,
+    strata: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Subset, Subset]:
-    """Return two views of the training images, class by class: for the weights and for theta."""
-    weights, theta = stratified_split(images.labels, fraction, seed)
+    """Return two views of the training images, class by class: for the weights and for theta.
+
+    Args:
+        strata: from labels to what is to be spread evenly, for labels that are no classes.
+    """
+    labels = images.labels if strata is None else strata(images.labels)
+    weights, theta = stratified_split(labels, fraction, seed)
     return Subset(images, weights), Subset(images, theta)
 
 

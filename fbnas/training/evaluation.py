@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbnas.training.data import batches
 from fbnas.training.images import Images
+from fbnas.training.task import CLASSIFICATION, Task
 
 
 @torch.no_grad()
@@ -19,15 +19,19 @@ def evaluate(
     std: Sequence[float],
     batch_size: int = 256,
     device: str | torch.device = "cpu",
+    task: Task = CLASSIFICATION,
 ) -> tuple[float, float]:
-    """Return mean cross-entropy (nats) and accuracy (0 to 1) in eval mode; the mode is put back."""
+    """Return the task's mean loss and metric in eval mode; the mode is put back.
+
+    Of classification they are cross-entropy (nats) and accuracy (0 to 1).
+    """
     was_training = network.training
     network.eval()
     loss = correct = torch.zeros((), dtype=torch.float64, device=device)
     for x, labels in batches(images, batch_size, device=device, mean=mean, std=std):
         scores = network(x).float()
-        loss = loss + F.cross_entropy(scores, labels, reduction="sum").double()
-        correct = correct + (scores.argmax(1) == labels).sum()
+        loss = loss + task.loss(scores, labels).double() * len(labels)
+        correct = correct + task.metric(scores, labels).sum()
     network.train(was_training)
     return float(loss) / len(images), float(correct) / len(images)
 

@@ -20,6 +20,7 @@ from fbnas.training.interrupt import stop_on_signal
 from fbnas.training.schedules import cosine
 from fbnas.training.settings import TrainingSettings, choose_device
 from fbnas.training.state import Average, TrainingState, metrics_writer
+from fbnas.training.task import CLASSIFICATION, Task
 
 LOSS_CHECK_STEPS = 20  # a look at the loss waits for the GPU; so many steps are lost at most
 RECALIBRATION_IMAGES = 512  # for BN statistics before validation
@@ -45,6 +46,7 @@ def train(
     out: Path | str | None = None,
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    task: Task = CLASSIFICATION,
 ) -> TrainingResult:
     """Train `network` in place and leave it with the weights of the epoch that validated best.
 
@@ -55,7 +57,8 @@ def train(
     `out` receives metrics.jsonl, checkpoint.pt (each epoch, and when interrupted) and tensorboard/.
     `resume` goes on from its checkpoint, if there is one, to exactly the numbers of an
     uninterrupted run. `on_epoch` is called with each new row of metrics: epoch, loss, accuracy,
-    validation_loss, validation_accuracy, lr, seconds.
+    validation_loss, validation_accuracy, lr, seconds. `task`: the loss and the metric; labels are
+    smoothed in classification alone.
 
     Raises:
         TrainingDiverged: the loss is not finite; the last good checkpoint is left as it was.
@@ -103,7 +106,7 @@ def train(
                 lr = settings.lr * cosine(step, settings.epochs * steps, warmup=warmup)
                 for group in state.optimizer.param_groups:
                     group["lr"] = lr
-                state.totals += _step(network, state.optimizer, images, labels, settings)
+                state.totals += _step(state, images, labels, settings, task)
                 state.average.update()
                 state.step += 1
                 advance(1)
@@ -116,7 +119,9 @@ def train(
                     raise KeyboardInterrupt
 
             loss, accuracy = (state.totals / steps).tolist()
-            validation_loss, validation_accuracy = _validate(state.average.network, data, settings)
+            validation_loss, validation_accuracy = _validate(
+                state.average.network, data, settings, task
+            )
             state.check_finite(validation_loss)
             row = {
                 "epoch": epoch,
@@ -138,24 +143,29 @@ def train(
 
 
 def _step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
     images: Tensor,
     labels: Tensor,
     settings: TrainingSettings,
+    task: Task,
 ) -> Tensor:
     """Take one step; return loss and accuracy of the batch as a (2,) tensor."""
     with _autocast(images.device, settings.precision):
-        scores = network(images).float()
-    loss = F.cross_entropy(scores, labels, label_smoothing=settings.label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
+        scores = state.network(images).float()
+    if task is CLASSIFICATION:
+        loss = F.cross_entropy(scores, labels, label_smoothing=settings.label_smoothing)
+    else:
+        loss = task.loss(scores, labels)
+    state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    optimizer.step()
-    accuracy = (scores.detach().argmax(1) == labels).double().mean()
+    state.optimizer.step()
+    accuracy = task.metric(scores.detach(), labels).double().mean()
     return torch.stack([loss.detach().double(), accuracy])
 
 
-def _validate(network: nn.Module, data: Data, settings: TrainingSettings) -> tuple[float, float]:
+def _validate(
+    network: nn.Module, data: Data, settings: TrainingSettings, task: Task
+) -> tuple[float, float]:
     """Return loss and accuracy on the validation images, with BN statistics of these very weights.
 
     Running averages lag behind: on digits, 17 steps an epoch, they put the accuracy after epochs
@@ -181,6 +191,7 @@ def _validate(network: nn.Module, data: Data, settings: TrainingSettings) -> tup
         std=data.std,
         batch_size=settings.batch_size,
         device=device,
+        task=task,
     )
 
 

@@ -53,6 +53,33 @@ def test_selection_is_exact(seed: int) -> None:
         assert architecture.provenance["predicted_latency_ms"] <= budget + 1.5
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_is_used_where_any_network_uses_it(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand(4, 9, generator=generator, dtype=torch.double)
+    p = (-8 * cost).softmax(1)  # as a theta that collapsed on what is cheap
+    fastest, slowest = latency_range(cost)
+    budget = fastest + 0.5 * (slowest - fastest)
+    options = {"budget_ms": budget + 0.2, "base_ms": 0.2, "count": 3, "space": small_space()}
+    idle = most_probable_within(p, cost, **options)
+    assert idle[0].provenance["predicted_latency_ms"] < 0.9 * (budget + 0.2)
+    found = most_probable_within(p, cost, **options, least_used=0.9)
+    scores = []
+    for path in itertools.product(range(9), repeat=4):
+        total = 0.2 + sum(float(cost[i, j]) for i, j in enumerate(path))
+        if 0.9 * (budget + 0.2) <= total <= budget + 0.2:
+            scores.append(sum(float(p[i, j].log()) for i, j in enumerate(path)))
+    expected = sorted(scores, reverse=True)[:3]
+    assert [a.provenance["log_probability"] for a in found] == pytest.approx(expected)
+
+
+def test_a_budget_that_no_network_can_use_up_is_met_all_the_same() -> None:
+    p = torch.full((4, 3), 1 / 3, dtype=torch.double)
+    cost = torch.tensor([[1.0, 4.0, 6.0]] * 4, dtype=torch.double)
+    best = most_probable_within(p, cost, budget_ms=6.9, space=small_space(3), least_used=0.9)
+    assert [a.provenance["predicted_latency_ms"] for a in best] == [4.0]
+
+
 def test_fewer_come_back_where_fewer_fit() -> None:
     p = torch.full((4, 3), 1 / 3, dtype=torch.double)
     cost = torch.tensor([[1.0, 2.0, 3.0]] * 4, dtype=torch.double)
