@@ -70,8 +70,9 @@ def check_fraction(fraction: float) -> None:
     Raises:
         InputError: it is not between 0 and 1.
     """
-    if not 0 < fraction < 1:
-        raise InputError(f"target_fraction={fraction}; expected a number between 0 and 1.")
+    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if not number or not 0 < fraction < 1:
+        raise InputError(f"target_fraction={fraction!r}; expected a number between 0 and 1.")
 
 
 def device_of(config: Config) -> AnyDevice:

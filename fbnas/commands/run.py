@@ -29,8 +29,8 @@ from fbnas.commands.parts import (
     device_of,
     space_of,
 )
-from fbnas.commands.search import choose_target, target_of
 from fbnas.commands.stages import Stage, final_measurement, print_stages, stages_of
+from fbnas.commands.targets import choose_target, target_of
 from fbnas.commands.train import report_epoch, start
 from fbnas.errors import InputError, unknown
 from fbnas.export import sidecar

@@ -20,7 +20,15 @@ NUMBERS = (
 )  # null by default
 WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit")
 LISTS = {  # options that take one value or a list of them
-    "search": ("table", "target_ms", "target_mj", "target_mb", "max_params")
+    "search": (
+        "table",
+        "target_ms",
+        "target_mj",
+        "target_mb",
+        "max_params",
+        "target_fraction",
+        "targets",
+    )
 }
 LEAST = {"classes": 1, "candidates": 1, "count": 1, "networks": 0, "random": 0, "seed": 0}
 
