@@ -96,10 +96,12 @@ def write_json(path: Path | str, content: Any) -> None:
 
 
 def append_jsonl(path: Path | str, row: dict[str, Any]) -> None:
-    """Append one JSON object as a line."""
+    """Append one JSON object as a line, and see that it is on the disk."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:

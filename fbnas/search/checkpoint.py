@@ -31,7 +31,6 @@ def state_of(loop: "Loop") -> dict[str, Any]:
         ],
         "position": [loop.epoch, loop.phase, loop.step],
         "sums": {part: summed(sums, loop.fabric) for part, sums in loop.sums.items()},
-        "history": loop.history,
         "epoch_seconds": loop.epoch_seconds_before + time.monotonic() - loop.epoch_started,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(loop.device) if loop.device.type == "cuda" else None,
@@ -119,7 +118,6 @@ def _take_up(loop: "Loop", state: dict[str, Any]) -> None:
     loop.epoch, loop.phase, loop.step = state["position"]
     for part, sums in state["sums"].items():  # those of all processes: the first goes on with them
         loop.sums[part] = sums.to(loop.device) * loop.first
-    loop.history = state["history"]
     loop.epoch_seconds_before = state["epoch_seconds"]
     torch.set_rng_state(state["rng"].cpu())
     if state["cuda_rng"] is not None and loop.device.type == "cuda":

@@ -141,6 +141,16 @@ class ArchitectureDistribution(nn.Module):
         known = cost.to(self.logits.device).masked_fill(~self.offered, 0.0)
         return base + (self.probabilities() * known.to(self.logits.dtype)).sum()
 
+    def skipped_layers(self) -> tuple[int, int]:
+        """How many layers skip if each takes its likeliest block, and how many can."""
+        if "skip" not in self.space.blocks:
+            return 0, 0
+        skip = self.space.blocks.index("skip")
+        keeps = torch.tensor([layer.keeps_shape for layer in self.space.layers])
+        able = keeps & self.offered[:, skip] & (self.offered.sum(1) > 1)
+        likeliest = self.probabilities().argmax(1) == skip
+        return int((likeliest & able).sum()), int(able.sum())
+
     def expected_skips(self) -> Tensor:
         """Probability that each layer is skipped, counted where skip is the identity: (layers,)."""
         if "skip" not in self.space.blocks:

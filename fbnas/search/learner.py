@@ -29,6 +29,7 @@ class Learner:
     limits: tuple[Limit, ...]
     objective: Objective
     multipliers: dict[str, float] = field(default_factory=dict)
+    warned: bool = False  # that theta collapsed
 
     def __post_init__(self) -> None:
         sums = [limit for limit in self.limits if limit.bounded and limit.kind == "sum"]

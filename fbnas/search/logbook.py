@@ -1,6 +1,7 @@
 """What a search writes down: a row per epoch (console, JSON lines, TensorBoard) and its result."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fbnas.errors import InputError
-from fbnas.files import append_jsonl, atomic_write, read_json, write_json, write_yaml
+from fbnas.files import (
+    append_jsonl,
+    atomic_write,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_yaml,
+)
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import Objective
 from fbnas.search.selection import Limit
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
     from fbnas.search.settings import SearchSettings
 
 log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
 
 
 def epoch_row(
@@ -61,8 +71,7 @@ def epoch_row(
 def _target_row(objective: Objective, learner: "Learner") -> dict[str, Any]:
     distribution = learner.distribution
     with torch.no_grad():
-        skips = distribution.expected_skips()
-        stages = [layer.stage for layer in distribution.space.layers]
+        skips, entropy = distribution.expected_skips(), distribution.entropy()
         return {
             "name": learner.target.name,
             "budget_ms": learner.target.budget_ms,
@@ -70,14 +79,18 @@ def _target_row(objective: Objective, learner: "Learner") -> dict[str, Any]:
             "latency_penalty": _penalty(objective, learner),
             "lambda": learner.multipliers.get("latency", 0.0),
             "limits": [_limit_row(learner, limit) for limit in learner.limits[1:] if limit.bounded],
-            "entropy": float(distribution.entropy().mean()),
+            "entropy": float(entropy.mean()),
+            "entropy_per_stage": [float(part.mean()) for part in _by_stage(distribution, entropy)],
             "skips": float(skips.sum()),
-            "skips_per_stage": [
-                float(sum(skips[i] for i, s in enumerate(stages) if s == stage))
-                for stage in range(stages[-1] + 1)
-            ],
+            "skips_per_stage": [float(part.sum()) for part in _by_stage(distribution, skips)],
             "logits": _listed(distribution.logits, distribution.offered),
         }
+
+
+def _by_stage(distribution: ArchitectureDistribution, values: Tensor) -> list[Tensor]:
+    """Values of the layers (layers,), stage by stage."""
+    stages = torch.tensor([layer.stage for layer in distribution.space.layers])
+    return [values[stages == stage] for stage in range(int(stages[-1]) + 1)]
 
 
 def _penalty(objective: Objective, learner: "Learner") -> float:
@@ -126,7 +139,7 @@ class Logbook:
         log.info("%s", _console_line(row))
         if self.out is None:
             return
-        append_jsonl(self.out / "metrics.jsonl", row)
+        append_jsonl(self.out / METRICS, row)
         epoch = row["epoch"]
         for key in (
             "weights_loss",
@@ -143,6 +156,9 @@ class Logbook:
             for key in ("expected_latency_ms", "budget_ms", "lambda", "entropy", "skips"):
                 if target[key] is not None:
                     self.writer.add_scalar(f"target_{number}/{key}", target[key], epoch)
+            for key in ("entropy_per_stage", "skips_per_stage"):
+                for stage, value in enumerate(target[key]):
+                    self.writer.add_scalar(f"target_{number}/{key}/{stage}", value, epoch)
             for limit in target["limits"]:
                 for key in ("expected", "budget", "lambda"):
                     if limit[key] is not None:
@@ -184,22 +200,38 @@ def _target_words(target: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def open_logbook(out: Path | None, history: Sequence[dict[str, Any]]) -> Iterator[Logbook]:
-    """Open the logs of a search; with a history (a resumed search) they continue after it."""
+def open_logbook(out: Path | None, epochs: int) -> Iterator[Logbook]:
+    """Open the logs of a search; of one that is resumed, they continue after so many epochs.
+
+    Rows of epochs after the checkpoint are redone, so they are dropped.
+
+    Raises:
+        InputError: metrics.jsonl lacks rows that were written before the checkpoint.
+    """
     if out is None:
         yield Logbook(None, None)
         return
     from torch.utils.tensorboard import SummaryWriter
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    for row in history:  # rows of epochs after the checkpoint are redone, so they are dropped
-        append_jsonl(out / "metrics.jsonl", row)
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=len(history) or None)
+    kept = read_history(out)[:epochs] if epochs else []
+    if len(kept) < epochs:
+        raise InputError(
+            f"{out / METRICS} holds {len(kept)} rows and the checkpoint {epochs} epochs; expected "
+            "the file as the search left it: restore it, or start again with overwrite=true."
+        )
+    atomic_write(out / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=epochs or None)
     try:
         yield Logbook(out, writer)
     finally:
         writer.close()
+
+
+def read_history(out: Path) -> list[dict[str, Any]]:
+    """Return a row per epoch of a search."""
+    path = out / METRICS
+    return read_jsonl(path) if path.is_file() else []
 
 
 def write_result(

@@ -112,7 +112,7 @@ def search(
         (loop.writes / "checkpoint.pt").unlink(missing_ok=True)
     with (
         stop_on_signal() as stop,
-        logbook.open_logbook(loop.writes, loop.history) as book,
+        logbook.open_logbook(loop.writes, loop.epoch) as book,
         loop.progress() as loop.advance,
     ):
         loop.advance(loop.steps_done())
@@ -128,8 +128,9 @@ def search(
                 on_epoch(row)
     if loop.writes:
         logbook.write_result(loop.writes, space, loop.learners, loop.supernet)
-    seconds = sum(row["seconds"] for row in loop.history)
-    return SearchResult(loop.distributions, loop.supernet, list(targets), loop.history, seconds)
+    history = loop.history if loop.out is None else logbook.read_history(loop.out)
+    seconds = sum(row["seconds"] for row in history)
+    return SearchResult(loop.distributions, loop.supernet, list(targets), history, seconds)
 
 
 def one_process(settings: SearchSettings) -> "Fabric":
@@ -191,7 +192,7 @@ class Loop:
         self.augment = build_augmentation(**settings.augment) if settings.augment else None
         self.epoch, self.phase, self.step = 0, "weights", 0
         self.sums = _no_sums(self.device)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []  # kept where no file keeps it
         self.epoch_started = self.last_save = time.monotonic()
         self.epoch_seconds_before = 0.0
         self.advance: Callable[[int], None] = lambda steps: None
@@ -382,11 +383,35 @@ class Loop:
             means=_means({part: summed(sums, self.fabric) for part, sums in self.sums.items()}),
             seconds=seconds,
         )
-        self.history.append(row)
+        if self.out is None:
+            self.history.append(row)
+        if self.first:
+            self.watch_for_collapse(epoch)
         self.epoch, self.phase, self.step = epoch + 1, "weights", 0
         self.sums = _no_sums(self.device)
         self.epoch_started, self.epoch_seconds_before = time.monotonic(), 0.0
         return row
+
+    def watch_for_collapse(self, epoch: int) -> None:
+        """Warn, once a target, where theta chose to skip before it could know."""
+        middle = (self.settings.warmup + self.settings.epochs) / 2
+        for learner in self.learners:
+            skipped, able = learner.distribution.skipped_layers()
+            if learner.warned or epoch + 1 > middle or 2 * skipped <= able:
+                continue
+            learner.warned = True
+            log.warning(
+                "%s: %d of the %d layers that can skip do so in epoch %d of %d already, before the "
+                "weights can tell blocks apart: raise search.warmup_fraction (%.2g) or lower "
+                "search.theta_lr (%g).",
+                learner.target.name or "The target",
+                skipped,
+                able,
+                epoch + 1,
+                self.settings.epochs,
+                self.settings.warmup / self.settings.epochs,
+                self.settings.theta_lr,
+            )
 
     def save(self) -> None:
         """Replace the checkpoint by everything that the rest of the search depends on."""

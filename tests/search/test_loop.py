@@ -269,3 +269,47 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
         assert found.table == target.name
     supernet = read_supernet(tmp_path, space, classes)
     assert all_equal(supernet.state_dict(), result.supernet.state_dict())
+
+
+def test_a_theta_that_skips_too_early_is_said_once_with_the_remedy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"epochs": 8, "warmup_epochs": 1, "theta_lr": 0.5, "augment": {}, **NO_MID_EPOCH}
+    settings |= {"batch_size": 16, "theta_passes": 4}
+    with caplog.at_level("WARNING"):
+        result = run(settings=settings, targets=[Target(Table(), 3.5, "tight")])
+    assert result.distributions[0].skipped_layers() == (2, 2)
+    lines = [r.getMessage() for r in caplog.records if "can skip" in r.getMessage()]
+    assert len(lines) == 1
+    assert "tight: 2 of the 2 layers that can skip do" in lines[0]
+    assert "raise search.warmup_fraction" in lines[0]
+    row = result.history[-1]["targets"][0]
+    assert len(row["skips_per_stage"]) == len(row["entropy_per_stage"]) == 2
+    assert sum(row["skips_per_stage"]) == pytest.approx(row["skips"])
+
+
+def test_a_long_search_keeps_no_more_than_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    save = loop.Loop.save
+
+    def note_size(self: Any) -> None:
+        save(self)
+        rows = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+        sizes.append(((tmp_path / "checkpoint.pt").stat().st_size, len(rows[-1])))
+        assert self.history == []
+
+    monkeypatch.setattr(loop.Loop, "save", note_size)
+    settings = {"epochs": 200, "warmup_epochs": 1, "batch_size": 16, "augment": {}}
+    run(tmp_path, data=small_digits(60), settings={**settings, **NO_MID_EPOCH})
+    checkpoints, rows = zip(*sizes[2:], strict=True)
+    assert max(checkpoints) <= 1.01 * checkpoints[0]
+    assert max(rows) <= 1.1 * rows[0]
+
+
+def test_a_resumed_search_misses_rows_that_were_taken_away(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds 0 rows and the checkpoint 4 epochs"):
+        run(tmp_path, resume=True)
