@@ -172,7 +172,7 @@ def page(
         f"Space {arguments.space}, batch {arguments.batch}, {where}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} thread(s), {arguments.rounds} interleaved rounds.",
         "",
-        "| step | ms per image | interquartile range | time / (d) | memory of a step | memory / (d) |",
+        "| step | ms per image | IQR | time / (d) | memory of a step | memory / (d) |",
         "|---|---|---|---|---|---|",
     ]
     for kind, name in NAMES.items():
