@@ -35,8 +35,8 @@ from fbnas.latency.table import LatencyTable
 from fbnas.space import SearchSpace
 
 STEPS = ("compile", "profile", "alone", "networks", "calibrate")
-FITTED, HELD_OUT = 20, 20
-MANY_HELD_OUT = {"onnxruntime": 80, "openvino": 80}  # those that compile a network in a second
+FITTED, HELD_OUT = 20, 80
+SLOW = {"executorch": (10, 10), "litert": (10, 10)}  # half a minute to convert one network
 SEED = 0
 NOTHING_SECONDS = 1.0
 
@@ -62,8 +62,9 @@ class Case:
         return self.table.with_name(f"{self.table.name}.partial-networks")
 
     @property
-    def held_out(self) -> int:
-        return MANY_HELD_OUT.get(self.device.runtime, HELD_OUT)
+    def numbers(self) -> tuple[int, int]:
+        """How many networks a correction is fitted on, and judged by."""
+        return SLOW.get(self.device.runtime, (FITTED, HELD_OUT))
 
     def compile(self) -> None:
         _, missing = missing_items(self.space, self.device, self.table, self.classes)
@@ -78,15 +79,16 @@ class Case:
 
     def alone(self) -> None:
         path = self.table.with_suffix(".alone.csv")
-        if self.device.runtime in MANY_HELD_OUT and not path.exists():
+        if self.device.runtime not in SLOW and not path.exists():
             profile(self.space, self.device, path, classes=self.classes, seed=SEED, context=False)
 
     def compile_networks(self) -> None:
         table = LatencyTable.load(self.table)
         if "calibration" in table.header:
             return
+        fitted, held_out = self.numbers
         drawn, _ = calibration.chosen_networks(
-            table, self.space, FITTED, self.held_out, classes=self.classes, seed=SEED
+            table, self.space, fitted, held_out, classes=self.classes, seed=SEED
         )
         compile_networks(
             drawn, self.space, self.device, self.networks, classes=self.classes, seed=SEED
@@ -96,13 +98,14 @@ class Case:
         table = LatencyTable.load(self.table)
         if "calibration" in table.header:
             return
+        fitted, held_out = self.numbers
         found = calibration.calibrate(
             table,
             self.space,
             self.device,
             classes=self.classes,
-            networks=FITTED,
-            held_out=self.held_out,
+            networks=fitted,
+            held_out=held_out,
             seed=SEED,
             work=self.networks,
         )
