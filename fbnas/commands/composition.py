@@ -91,7 +91,7 @@ def compose_single(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         InputError: as `compose` does, or a launcher is asked for.
     """
     for override in overrides:
-        if split(override)[0].partition(".")[0] == "launcher":
+        if split(override)[0].lstrip("+").partition(".")[0] == "launcher":
             raise InputError(
                 f"'{override}' is about where several runs go; expected -m and a key with several "
                 f"values, as in fbnas {command} -m seed=1,2,3 {override}; or leave it out."
@@ -213,11 +213,21 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         key = override.partition("=")[0].lstrip("+~")
         if key.startswith("space.") and "space" in known and "space" not in given:
             return f"'{override}' changes no space; expected space=NAME or space=PATH beside it."
+        if key in known and "{" not in override and f"Could not override '{key}'" in text:
+            file = _chosen(command, key, overrides)
+            return f"'{override}': {file} has no such option; leave it out, or choose another file."
         if key not in known and re.search(rf"\b{re.escape(key.split('.')[-1])}\b", text):
             guess = closest(key, known)
             hint = f" Did you mean '{guess}'?" if guess else ""
             return f"fbnas {command} has no option '{key}'.{hint} See: fbnas {command} --help"
     return f"{text} (fbnas {command} --help)"
+
+
+def _chosen(command: str, key: str, overrides: Sequence[str]) -> str:
+    """Return GROUP=NAME of the file that a key is looked for in."""
+    group = key.partition(".")[0]
+    given = dict(split(override) for override in overrides)
+    return f"{group}={given.get(group, dict(_defaults(command)).get(group))}"
 
 
 def _keys(command: str) -> Iterator[str]:

@@ -3,10 +3,12 @@
 Imports no hydra and no torch: a job is also unpickled on the nodes of a cluster.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -51,11 +53,11 @@ class Job:
         return [self.command, *self.overrides, *([again] if self.begun else [])]
 
 
-def start_process(job: Job, **options: Any) -> "subprocess.Popen[bytes]":
+def start_process(job: Job, command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
     """Start the command of a job in a session of its own, which Ctrl-C does not reach."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [*COMMAND, *job.arguments()],
+        [*command, *job.arguments()],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -82,14 +84,15 @@ class RemoteJob:
     job is up, submitit calls `checkpoint` and queues what it returns.
     """
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, job: Job, folder: Path, command: Sequence[str]) -> None:
         self.job = job
         self.folder = folder  # where the user stands: paths are relative to it
+        self.command = tuple(command)
         self.child: subprocess.Popen[bytes] | None = None
         self.stopped = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteJob, (self.job, self.folder)
+        return RemoteJob, (self.job, self.folder, self.command)
 
     def __call__(self) -> int:
         os.chdir(self.folder)
@@ -98,10 +101,12 @@ class RemoteJob:
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # for the child
             with open_log(self.job) as log:
-                self.child = start_process(self.job, stdout=log)
+                self.child = start_process(self.job, self.command, stdout=log)
                 if self.stopped:  # told so before there was a child
                     self._interrupt(self.child)
-                return exit_code(self.child.wait())
+                while True:  # Ray's cancel is only seen between two calls
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return exit_code(self.child.wait(timeout=0.5))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -124,4 +129,4 @@ class RemoteJob:
         if self.child is not None:
             # not child.wait(): this is a signal handler within that very call
             os.waitpid(self.child.pid, 0)
-        return DelayedSubmission(RemoteJob(self.job, self.folder))
+        return DelayedSubmission(RemoteJob(self.job, self.folder, self.command))

@@ -7,6 +7,7 @@ command line, so that what ran can be run again by hand.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import queue
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fbnas.commands import FAILED, INTERRUPTED
+from fbnas.commands import jobs as processes
 from fbnas.commands.jobs import Job, RemoteJob, exit_code, open_log, start_process
 from fbnas.errors import InputError, unknown
 
@@ -109,6 +111,7 @@ def run_all(
                 if found is not None:
                     running[job] = found
                     waiting.remove(job)
+                    started(job, found.id)
             while running or (waiting and not stops):
                 free = (launcher.at_once or len(jobs)) - len(running)
                 now = [waiting.popleft() for _ in range(0 if stops else min(free, len(waiting)))]
@@ -186,7 +189,7 @@ class LocalProcess:
         self.code: int | None = None
         self.stops = 0
         self.prefix = f"[{job.name}] " if prefix else ""
-        self.child = start_process(job, stdout=subprocess.PIPE)
+        self.child = start_process(job, processes.COMMAND, stdout=subprocess.PIPE)
         threading.Thread(target=self._read, args=(wake,), daemon=True).start()
 
     def _read(self, wake: Wake) -> None:
@@ -234,7 +237,7 @@ class Submitit:
         try:
             with _deaf(), executor.batch():
                 for job in jobs:
-                    handles.append(executor.submit(RemoteJob(job, Path.cwd())))
+                    handles.append(executor.submit(RemoteJob(job, Path.cwd(), processes.COMMAND)))
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
@@ -276,7 +279,7 @@ class Slurm(Submitit):
     cpus: int = 4
     memory_gb: float = 16.0
     setup: list[str] = field(default_factory=list)
-    sbatch: dict[str, Any] = field(default_factory=dict)
+    sbatch: list[str] = field(default_factory=list)
 
     cluster = "slurm"
     poll_s = 2.0
@@ -294,6 +297,8 @@ class Slurm(Submitit):
             )
 
     def _parameters(self) -> dict[str, Any]:
+        pairs = [option.lstrip("-").partition("=") for option in self.sbatch]
+        more = {key: value if equals else True for key, equals, value in pairs}
         return {
             "name": "fbnas",
             "timeout_min": self.time_min,
@@ -305,13 +310,14 @@ class Slurm(Submitit):
             "slurm_account": self.account,
             "slurm_array_parallelism": self.jobs,
             "slurm_setup": self.setup or None,
-            "slurm_additional_parameters": self.sbatch or None,
+            "slurm_additional_parameters": more or None,
         }
 
     def find(self, job: Job, root: Path, id: str) -> Running | None:
-        executor = self._executor(root)
-        handle = executor.job_class(folder=executor.folder, job_id=id)
-        if handle.done(force_check=True):
+        import submitit
+
+        handle = submitit.SlurmJob[int](folder=(root / "submitit").absolute(), job_id=id)
+        if handle.done(force_check=True) or handle.state == "UNKNOWN":
             return None
         print(f"{job.name}: still under way as {self.kind} job {id}", flush=True)
         return SubmititJob(job, handle, self.cluster)
@@ -379,9 +385,11 @@ class Ray:
         import ray
 
         if not ray.is_initialized():
-            ray.init(address=self.address, log_to_driver=False, logging_level="warning")
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.WARNING)
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(_call)
-        return [RayTask(job, task.remote(RemoteJob(job, Path.cwd()))) for job in jobs]
+        return [
+            RayTask(job, task.remote(RemoteJob(job, Path.cwd(), processes.COMMAND))) for job in jobs
+        ]
 
     def find(self, job: Job, root: Path, id: str) -> Running | None:
         return None

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def main(command: str, overrides: Sequence[str]) -> int:
     if interrupted:
         again = [x for x in overrides if x.partition("=")[0] not in ("overwrite", "resume")]
         line = shlex.join(["fbnas", command, "-m", *again, "resume=true"])
-        log.warning("fbnas: interrupted. Continue with: %s", line)
+        print(f"fbnas: interrupted. Continue with: {line}", file=sys.stderr)
     return code
 
 

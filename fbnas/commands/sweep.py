@@ -62,7 +62,7 @@ def plan(command: str, overrides: Sequence[str]) -> Sweep:
         key, value = split(override)
         if key in flags:
             flags[key] = _flag(key, value)
-        elif key.partition(".")[0] == "launcher":
+        elif key.lstrip("+").partition(".")[0] == "launcher":
             launcher.append(_unswept(override, "one launcher starts all jobs"))
         else:
             rest.append(override)
