@@ -15,7 +15,7 @@ from typing import IO, Any
 
 JOBS_FILE = "multirun.json"
 LOGS = "logs"
-COMMAND = (sys.executable, "-m", "fbnas.commands")
+COMMAND = (sys.executable, "-P", "-m", "fbnas.commands")  # -P: not the fbnas of a checkout here
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def start_process(job: Job, command: Sequence[str], **options: Any) -> "subproce
 
 
 def open_log(job: Job) -> IO[bytes]:
-    """Open the log of a job: a job that goes on adds to what it said before."""
+    """Open the log of a job before it starts: one that goes on adds to what it said before."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     return job.log.open("ab" if job.begun else "wb")
 

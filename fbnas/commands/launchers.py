@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from fbnas.commands import FAILED, INTERRUPTED
 from fbnas.commands import jobs as processes
@@ -41,7 +41,7 @@ class Running(Protocol):
         """Return its exit code, None while it runs."""
 
     def stop(self) -> None:
-        """Let it write its checkpoint and end; the second time, end it at once."""
+        """Let it write its checkpoint and end; asked again, more firmly where it can be."""
 
 
 class Launcher(Protocol):
@@ -58,12 +58,14 @@ class Launcher(Protocol):
     def check(self) -> None:
         """Refuse what cannot work here; change nothing."""
 
-    def start(self, jobs: Sequence[Job], root: Path, wake: Wake) -> list[Running]: ...
+    def start(self, jobs: Sequence[Job], root: Path, wake: Wake) -> list[Running]:
+        """Start jobs; ends may be reported to `wake`."""
 
     def find(self, job: Job, root: Path, id: str) -> Running | None:
         """Return a job that an earlier multirun started and that is still under way."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back what starting took."""
 
 
 def build_launcher(settings: Mapping[str, Any]) -> Launcher:
@@ -189,18 +191,21 @@ class LocalProcess:
         self.code: int | None = None
         self.stops = 0
         self.prefix = f"[{job.name}] " if prefix else ""
+        said = open_log(job)
         self.child = start_process(job, processes.COMMAND, stdout=subprocess.PIPE)
-        threading.Thread(target=self._read, args=(wake,), daemon=True).start()
+        threading.Thread(target=self._read, args=(said, wake), daemon=True).start()
 
-    def _read(self, wake: Wake) -> None:
+    def _read(self, said: IO[bytes], wake: Wake) -> None:
         assert self.child.stdout is not None
-        with open_log(self.job) as log_file, self.child.stdout as lines:
-            for line in lines:
-                log_file.write(line)
-                log_file.flush()
-                print(f"{self.prefix}{line.decode(errors='replace').rstrip()}", flush=True)
-        self.code = exit_code(self.child.wait())
-        wake.put("ended")
+        try:
+            with said, self.child.stdout as lines:
+                for line in lines:
+                    said.write(line)
+                    said.flush()
+                    print(f"{self.prefix}{line.decode(errors='replace').rstrip()}", flush=True)
+        finally:  # on a full disk too, where the closed pipe ends the job
+            self.code = exit_code(self.child.wait())
+            wake.put("ended")
 
     def poll(self) -> int | None:
         return self.code
@@ -339,8 +344,8 @@ class SubmititJob:
         try:
             return int(self.handle.result())
         except UncompletedJobError as error:
-            with open_log(self.job) as log_file:
-                log_file.write(f"{error}\n".encode())
+            with self.job.log.open("a") as said:
+                said.write(f"{error}\n")
             return INTERRUPTED if self.stopped else FAILED
 
     def stop(self) -> None:
@@ -422,8 +427,8 @@ class RayTask:
         try:
             return int(ray.get(done[0]))
         except ray.exceptions.RayError as error:
-            with open_log(self.job) as log_file:
-                log_file.write(f"{error}\n".encode())
+            with self.job.log.open("a") as said:
+                said.write(f"{error}\n")
             cancelled = isinstance(error, ray.exceptions.TaskCancelledError)
             return INTERRUPTED if cancelled else FAILED
 

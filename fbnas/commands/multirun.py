@@ -133,7 +133,7 @@ class Record:
             row["seconds"] = round(time.monotonic() - self.began[job.name], 3)
         if job.finished:
             row["result"] = _fields(read_json(job.folder / "result.json"))
-        if code not in (DONE, MISSED):
+        if code not in (DONE, MISSED, INTERRUPTED):
             row["error"] = (
                 _last_line(job.log).removeprefix("fbnas: ") or f"exit code {code}, without a word"
             )
