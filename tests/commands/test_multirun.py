@@ -390,11 +390,14 @@ def test_a_signal_stops_all_that_run(
     launcher: str,
     number: int,
     stub: Callable[..., None],
-    cluster: Path,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if launcher == "ray":
-        pytest.importorskip("ray", reason="ray is not installed")
+    if launcher == "slurm":
+        request.getfixturevalue("cluster")
+    elif launcher != "local":
+        package = launcher.partition("_")[0]
+        pytest.importorskip(package, reason=f"{package} is not installed")
     stub(seed_1="wait", seed_2="strike 2")
     monkeypatch.setenv("STRUCK", str(os.getpid()))
     monkeypatch.setenv("SIGNAL", str(int(number)))
