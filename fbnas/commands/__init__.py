@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "what is installed and what works here",
 }
 
+MULTIRUN = ("-m", "--multirun")
 DONE, FAILED, WRONG_INPUT, MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    multirun = any(option in MULTIRUN for option in arguments)
+    arguments = [argument for argument in arguments if argument not in MULTIRUN]
+    if multirun and not arguments:
+        return _refuse("-m goes with a command; expected as in fbnas search -m seed=1,2,3.")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return DONE
@@ -59,9 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(describe(command))
             return DONE
-        from fbnas.commands.composition import compose
+        if multirun:
+            from fbnas.commands import multirun as several
 
-        config = compose(command, overrides)
+            return several.main(command, overrides)
+        from fbnas.commands.composition import compose_single
+
+        config = compose_single(command, overrides)
         config["command_line"] = shlex.join(["fbnas", command, *overrides])
         module = importlib.import_module(f"fbnas.commands.{command}")
         return module.main(config)
@@ -119,6 +128,7 @@ def usage() -> str:
             f"fbnas {__version__}: convolutional networks searched for your device and budget",
             "",
             "usage: fbnas COMMAND [key=value ...]        fbnas COMMAND --help",
+            "       fbnas COMMAND -m key=a,b,... out=DIR  once for each value, DIR/key=a and so on",
             "",
             *lines,
             "",

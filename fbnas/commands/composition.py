@@ -15,6 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,6 +35,7 @@ GROUPS = (
     "compression",
     "fabric",
     "experiment",
+    "launcher",
 )
 OPTIONAL_IN_SPACE = {"input_channels": 3, "skip_on_reduction": True, "modules": []}
 
@@ -46,16 +48,18 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
             or a value that is required and missing.
     """
     groups, values = groups_of(command), {}
+    for override in overrides:
+        _refuse_sweep(command, override)
     with tempfile.TemporaryDirectory() as folder:
         staged = []
         for override in overrides:
-            key, value = _split(override)
+            key, value = split(override)
             if key == "architecture":  # Hydra would take the folder of shipped ones for a group
                 values[key] = value
             elif key in groups and value != "null":
                 staged.append(f"{key}={_stage(command, key, value, Path(folder))}")
             else:
-                staged.append(override)
+                staged.append(_escaped(override))
         search_path = f"hydra.searchpath=[file://{folder}]"
         try:
             GlobalHydra.instance().clear()
@@ -81,13 +85,59 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {"command": command, **checked}
 
 
+def compose_single(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of a run by itself, which no launcher starts.
+
+    Raises:
+        InputError: as `compose` does, or a launcher is asked for.
+    """
+    for override in overrides:
+        if split(override)[0].lstrip("+").partition(".")[0] == "launcher":
+            raise InputError(
+                f"'{override}' is about where several runs go; expected -m and a key with several "
+                f"values, as in fbnas {command} -m seed=1,2,3 {override}; or leave it out."
+            )
+    config = compose(command, overrides)
+    config.pop("launcher", None)
+    return config
+
+
+def parse(override: str) -> Override | None:
+    """Return what Hydra reads in an override, None where it reads nothing."""
+    try:
+        return OverridesParser.create().parse_override(_escaped(override))
+    except HydraException:
+        return None
+
+
+def _escaped(override: str) -> str:
+    """Return an override with `=` in its value written as Hydra wants it: run=runs/a/seed=1."""
+    key, equals, value = override.partition("=")
+    if "=" not in value or any(mark in value for mark in "\\'\""):
+        return override
+    value = value.replace("=", r"\=")
+    return f"{key}{equals}{value}"
+
+
+def _refuse_sweep(command: str, override: str) -> None:
+    """Refuse several values in one run; a name of a group may be a path with a comma."""
+    key, _, value = override.partition("=")
+    several = any(mark in value for mark in ",(") and key not in (*GROUPS, "architecture")
+    found = parse(override) if several else None
+    if found is not None and found.is_sweep_override():
+        raise InputError(
+            f"'{override}' is several values; expected one, [a,b] for a list, or -m for a run with "
+            f"each: fbnas {command} -m {override}"
+        )
+
+
 def groups_of(command: str) -> list[str]:
     """Return the groups of configs that a command composes."""
     defaults = read_yaml(configs_folder() / f"{command}.yaml").get("defaults", [])
     return [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
 
 
-def _split(override: str) -> tuple[str, str]:
+def split(override: str) -> tuple[str, str]:
     """Return key and value of an override of the right form."""
     key, equals, value = override.partition("=")
     if override.startswith("-"):
@@ -159,18 +209,26 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     known = list(_keys(command))
     given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException:
+        if parse(override) is None:
             return f"'{override}' is not understood; expected key=value with a YAML value, quoted."
         key = override.partition("=")[0].lstrip("+~")
         if key.startswith("space.") and "space" in known and "space" not in given:
             return f"'{override}' changes no space; expected space=NAME or space=PATH beside it."
+        if key in known and "{" not in override and f"Could not override '{key}'" in text:
+            file = _chosen(command, key, overrides)
+            return f"'{override}': {file} has no such option; leave it out, or choose another file."
         if key not in known and re.search(rf"\b{re.escape(key.split('.')[-1])}\b", text):
             guess = closest(key, known)
             hint = f" Did you mean '{guess}'?" if guess else ""
             return f"fbnas {command} has no option '{key}'.{hint} See: fbnas {command} --help"
     return f"{text} (fbnas {command} --help)"
+
+
+def _chosen(command: str, key: str, overrides: Sequence[str]) -> str:
+    """Return GROUP=NAME of the file that a key is looked for in."""
+    group = key.partition(".")[0]
+    given = dict(split(override) for override in overrides)
+    return f"{group}={given.get(group, dict(_defaults(command)).get(group))}"
 
 
 def _keys(command: str) -> Iterator[str]:
@@ -202,7 +260,7 @@ def _comment(command: str, key: str, overrides: Sequence[str]) -> str:
     group, _, name = key.rpartition(".")
     file = configs_folder() / f"{command}.yaml"
     if group:
-        chosen = dict(_split(override) for override in overrides).get(group, "")
+        chosen = dict(split(override) for override in overrides).get(group, "")
         file = configs_folder() / group / f"{chosen}.yaml"
     for line in file.read_text().splitlines() if file.is_file() else []:
         found = re.match(rf"{re.escape(name)}:[^#]*#\s*(.*)", line)
@@ -215,7 +273,7 @@ def describe(command: str) -> str:
     """Return what `fbnas COMMAND --help` prints: the command's own config, explained by itself."""
     own = configs_folder() / f"{command}.yaml"
     head = [line[2:] for line in own.read_text().splitlines() if line[:1] == "#"]
-    text = [*head, "", "Options (key=value), with their defaults:"]
+    text = [*head, "", *_multirun_lines(command), "", "Options (key=value), with their defaults:"]
     text += [f"  {line}" for line in _option_lines(own)]
     groups = groups_of(command)
     if groups:
@@ -227,6 +285,17 @@ def describe(command: str) -> str:
         lines = _option_lines(configs_folder() / group / f"{name}.yaml")
         text += [f"  {group}.{line}" for line in lines]
     return "\n".join(text)
+
+
+def _multirun_lines(command: str) -> list[str]:
+    return [
+        f"Several runs (-m or --multirun): fbnas {command} -m key=a,b runs once for each value, in",
+        "out/key=a and out/key=b. Values: a,b or range(1,4) or choice(a,b), quoted for the shell;",
+        "[a,b] is one; several keys: their product. All are checked before the first starts, and",
+        "one that fails stops no other. A table of what they came to ends it (out/multirun.json).",
+        "Exit code: the worst, 1 before 2 before 3. resume=true keeps finished jobs and continues",
+        "the others. launcher= says where they go.",
+    ]
 
 
 def _option_lines(file: Path) -> Iterator[str]:

@@ -13,6 +13,7 @@ from fbnas.files import read_yaml, write_json, write_yaml
 
 MAY_DIFFER = ("out", "overwrite", "resume", "command_line")  # between a run and its resumption
 INPUTS = ("table", "model", "architecture", "supernet", "run")
+WRITTEN = {"profile": "table", "calibrate": "table"}  # those that a command writes
 
 
 class OutFolder:
@@ -24,6 +25,7 @@ class OutFolder:
         self.started = time.monotonic()
         self.resume = bool(config.get("resume", False))
         if self.path is not None and is_first():  # of several processes the first one opens it
+            check_out(config)
             self._open(self.path, overwrite=bool(config.get("overwrite", False)))
 
     @property
@@ -34,15 +36,8 @@ class OutFolder:
         return self.path
 
     def _open(self, path: Path, *, overwrite: bool) -> None:
-        if path.exists() and not path.is_dir():
-            raise InputError(f"out={path} is a file; expected a folder.")
-        if path.is_dir() and any(path.iterdir()):
-            self._check_contents(path, overwrite=overwrite)
-        elif self.resume:
-            raise InputError(
-                f"out={path} holds nothing to resume; expected the folder of an interrupted run: "
-                "leave resume=true out to start one."
-            )
+        if overwrite and not self.resume:
+            empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_yaml(path / "config.yaml", dict(self.config))
@@ -50,54 +45,6 @@ class OutFolder:
             raise InputError(
                 f"out={path} cannot be written ({error.strerror}); give another folder."
             ) from error
-
-    def _check_contents(self, path: Path, *, overwrite: bool) -> None:
-        before = self._config_before(path)
-        if before is None:
-            raise InputError(
-                f"out={path} holds other files; expected a new or empty folder, or a run of fbnas."
-            )
-        if self.resume:
-            self._check_same(path, before)
-        elif overwrite:
-            self._check_inputs(path)
-            for entry in path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        else:
-            state = "a finished run" if (path / "result.json").is_file() else "an unfinished run"
-            raise InputError(
-                f"out={path} holds {state}; give another folder, resume=true to continue it where "
-                "the command can, or overwrite=true to delete it."
-            )
-
-    @staticmethod
-    def _config_before(path: Path) -> dict[str, Any] | None:
-        """Return the configuration of the run that a folder holds, None where it holds none."""
-        from fbnas.commands import COMMANDS
-
-        file = path / "config.yaml"
-        before = read_yaml(file) if file.is_file() else {}
-        return before if before.get("command") in COMMANDS else None
-
-    def _check_same(self, path: Path, before: Mapping[str, Any]) -> None:
-        """Refuse to continue a run as another one."""
-        for key, value in self.config.items():
-            if key not in MAY_DIFFER and before.get(key) != value:
-                raise InputError(
-                    f"out={path} was begun with another {key} ({before.get(key)}, now {value}); "
-                    "resume with the same options, or give another folder."
-                )
-
-    def _check_inputs(self, path: Path) -> None:
-        """Refuse to delete what the command is about to read."""
-        data = self.config.get("data") or {}
-        given = [self.config.get(key) for key in INPUTS] + [data.get("path")]
-        for name in (x for value in given for x in (value if isinstance(value, list) else [value])):
-            if name and path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
-                raise InputError(
-                    f"overwrite=true would delete {name}, which lies in out={path}; give another "
-                    "out folder."
-                )
 
     def finish(self, **fields: Any) -> dict[str, Any]:
         """Write result.json: the common fields, then `fields`; None is left out."""
@@ -113,3 +60,73 @@ class OutFolder:
         if self.path is not None:
             write_json(self.path / "result.json", result)
         return result
+
+
+def check_out(config: Mapping[str, Any]) -> None:
+    """Refuse an out folder that the command cannot open as asked; change nothing.
+
+    Raises:
+        InputError: it is a file or holds what is neither to be resumed nor overwritten.
+    """
+    path, resume = Path(config["out"]), bool(config.get("resume", False))
+    if path.exists() and not path.is_dir():
+        raise InputError(f"out={path} is a file; expected a folder.")
+    if not path.is_dir() or not any(path.iterdir()):
+        if resume:
+            raise InputError(
+                f"out={path} holds nothing to resume; expected the folder of an interrupted run: "
+                "leave resume=true out to start one."
+            )
+        return
+    before = _config_before(path)
+    if before is None:
+        raise InputError(
+            f"out={path} holds other files; expected a new or empty folder, or a run of fbnas."
+        )
+    if resume:
+        _check_same(config, path, before)
+    elif config.get("overwrite", False):
+        _check_inputs(config, path)
+    else:
+        state = "a finished run" if (path / "result.json").is_file() else "an unfinished run"
+        raise InputError(
+            f"out={path} holds {state}; give another folder, resume=true to continue it where "
+            "the command can, or overwrite=true to delete it."
+        )
+
+
+def empty(path: Path) -> None:
+    """Delete what a folder holds, where there is one."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _config_before(path: Path) -> dict[str, Any] | None:
+    """Return the configuration of the run that a folder holds, None where it holds none."""
+    from fbnas.commands import COMMANDS
+
+    file = path / "config.yaml"
+    before = read_yaml(file) if file.is_file() else {}
+    return before if before.get("command") in COMMANDS else None
+
+
+def _check_same(config: Mapping[str, Any], path: Path, before: Mapping[str, Any]) -> None:
+    """Refuse to continue a run as another one."""
+    for key, value in config.items():
+        if key not in MAY_DIFFER and before.get(key) != value:
+            raise InputError(
+                f"out={path} was begun with another {key} ({before.get(key)}, now {value}); "
+                "resume with the same options, or give another folder."
+            )
+
+
+def _check_inputs(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse to delete what the command is about to read."""
+    data = config.get("data") or {}
+    given = [config.get(key) for key in INPUTS] + [data.get("path")]
+    for name in (x for value in given for x in (value if isinstance(value, list) else [value])):
+        if name and path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+            raise InputError(
+                f"overwrite=true would delete {name}, which lies in out={path}; give another "
+                "out folder."
+            )

@@ -6,14 +6,17 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from fbnas.commands.folder import WRITTEN
 from fbnas.errors import InputError, check_known
 from fbnas.export import input_size, read_metadata, sidecar
 from fbnas.files import read_json
 from fbnas.latency.devices import device_from
 from fbnas.latency.profiling import AnyDevice
-from fbnas.shipped import shipped_names
+from fbnas.search import SearchSettings, build_objective
+from fbnas.shipped import find, shipped_names
 from fbnas.space import Architecture, NetworkCard, SearchSpace
 from fbnas.training.data import Data, load_data
+from fbnas.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +26,32 @@ Config = Mapping[str, Any]
 def space_of(config: Config) -> SearchSpace:
     """Build the space that `space=` composed."""
     return SearchSpace.from_dict(dict(config["space"]))
+
+
+def check_parts(config: Config) -> None:
+    """Refuse what can be refused without reading data, tables or weights.
+
+    Raises:
+        InputError: a part of the configuration makes none, or what a command reads is not there.
+    """
+    if config.get("space"):
+        space_of(config)
+    if "device" in config:
+        device_of(config)
+    if "search" in config:
+        SearchSettings.from_dict(config["search"])
+    if "training" in config:
+        TrainingSettings.from_dict(config["training"])
+    if "objective" in config:
+        build_objective(**config["objective"])
+    if config.get("architecture"):
+        find("architecture", config["architecture"])
+    for key in ("table", "model", "supernet", "run"):
+        given = config.get(key)
+        for name in given if isinstance(given, list) else [given]:
+            written = WRITTEN.get(config["command"]) == key
+            if name and not written and not Path(name).exists():
+                raise InputError(f"{key}={name}: no such file or folder; give one that is there.")
 
 
 def space_for(config: Config, architecture: Architecture) -> SearchSpace:

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import device_of, space_of
 from fbnas.latency.profiling import (
     ROUNDS,
     AnyDevice,
+    build,
     estimated_seconds,
     missing_items,
     plan,
@@ -63,11 +66,13 @@ def _print_plan(config: dict[str, Any], space: SearchSpace, device: AnyDevice, r
     known, missing = missing_items(space, device, table, config["classes"], context=context)
     held = [] if known is None else [entry.shape for entry in known.entries]
     items = [item for item in plan(space, config["classes"]) if item in held or item in missing]
+    free = {item for item in items if isinstance(build(item, space), nn.Identity)}
     for item in items:
-        print(f"{'measure' if item in missing else 'known  '}  {item}")
+        word = "free" if item in free else "measure" if item in missing else "known"
+        print(f"{word:7}  {item}")
     compiling, timing = estimated_seconds(missing, space, device, rounds)
     print(
-        f"{len(items)} shapes, {len(missing)} to measure on {device.name} through "
+        f"{len(items)} shapes, {len(set(missing) - free)} to measure on {device.name} through "
         f"{device.runtime}, {device.precision}: about {compiling:.0f} s to compile, "
         f"{timing:.0f} s to time in {rounds} rounds"
     )

@@ -30,7 +30,19 @@ LISTS = {  # options that take one value or a list of them
         "targets",
     )
 }
-LEAST = {"classes": 1, "candidates": 1, "count": 1, "networks": 0, "random": 0, "seed": 0}
+LEAST = {
+    "classes": 1,
+    "candidates": 1,
+    "count": 1,
+    "networks": 0,
+    "random": 0,
+    "seed": 0,
+    "launcher.jobs": 1,
+    "launcher.gpus": 0,
+    "launcher.cpus": 1,
+    "launcher.time_min": 1,
+    "launcher.requeues": 0,
+}
 
 
 def check_values(

@@ -293,6 +293,25 @@ def test_count_report_calibrate_doctor(
     assert "CPU" in runtimes["onnxruntime"]["providers"]
 
 
+def test_a_plan_tells_known_free_and_shapes_to_measure_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = f"space={write_space(tmp_path)}"
+    table = tmp_path / "t.csv"
+    plan = ["profile", space, f"table={table}", "classes=10", "plan=true"]
+    assert main(plan) == 0
+    shown = capsys.readouterr().out
+    assert "measure  k3_e3 (8 -> 16, stride 2, 8x8)" in shown
+    assert "free     skip (8 -> 8, stride 1, 8x8)" in shown
+    assert "15 shapes, 13 to measure on local through onnxruntime, fp32: about" in shown
+    assert not table.exists()
+    write_table(table)
+    assert main(plan) == 0
+    shown = capsys.readouterr().out
+    assert "known    k3_e3 (8 -> 16, stride 2, 8x8)" in shown
+    assert "0 to measure" in shown
+
+
 def test_the_published_networks_are_counted_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["count", "architecture=fbnet_c"]) == 0
     assert "multiply-adds (3" in capsys.readouterr().out  # about 375 M in the paper

@@ -9,6 +9,7 @@ import yaml
 
 from fbnas.commands import COMMANDS, main
 from fbnas.commands.composition import compose, describe, groups_of
+from fbnas.commands.sweep import plan
 from fbnas.errors import InputError
 from fbnas.latency.devices import Device
 from fbnas.search import build_objective
@@ -127,7 +128,12 @@ def test_help_shows_examples_that_compose(
     for example in examples:
         _, name, *overrides = shlex.split(example)
         assert name == command
-        assert compose(command, overrides)["command"] == command
+        if "-m" in overrides:
+            jobs = plan(command, [override for override in overrides if override != "-m"]).jobs
+            assert len(jobs) > 1
+        else:
+            assert compose(command, overrides)["command"] == command
+    assert any(f"fbnas {command} -m " in example for example in examples)
 
 
 def test_the_general_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
