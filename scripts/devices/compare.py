@@ -50,7 +50,10 @@ def column(table: LatencyTable) -> str:
 
 
 def relative_costs(space: SearchSpace, latency_ms: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """Per device and block: the cost relative to k3_e1, (shapes,) for the distinct shapes."""
+    """Per device and block: the cost relative to k3_e1, (shapes,) for the distinct shapes.
+
+    nan where k3_e1 cannot be told from nothing: its time on top of a 1x1 convolution came out as 0.
+    """
     distinct = {
         (layer.in_channels, layer.out_channels, layer.stride, layer.height): layer.index
         for layer in space.layers
@@ -59,7 +62,9 @@ def relative_costs(space: SearchSpace, latency_ms: dict[str, torch.Tensor]) -> d
     reference = space.blocks.index(REFERENCE)
     return {
         name: {
-            block: (ms[layers, i] / ms[layers, reference]).numpy()
+            block: (
+                ms[layers, i] / ms[layers, reference].where(ms[layers, reference] > 0, torch.nan)
+            ).numpy()
             for i, block in enumerate(space.blocks)
             if block != "skip"
         }
@@ -87,8 +92,8 @@ def draw_blocks(relative: dict[str, dict], space: SearchSpace, path: Path) -> No
     width = 0.8 / len(blocks)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(blocks)))
     for i, block in enumerate(blocks):
-        medians = [np.median(costs[block]) for costs in relative.values()]
-        spread = [np.quantile(costs[block], [0.1, 0.9]) for costs in relative.values()]
+        medians = [np.nanmedian(costs[block]) for costs in relative.values()]
+        spread = [np.nanquantile(costs[block], [0.1, 0.9]) for costs in relative.values()]
         errors = np.abs(np.array(spread).T - medians)
         where = np.arange(len(relative)) + (i - (len(blocks) - 1) / 2) * width
         axes.bar(where, medians, width, label=block, color=colours[i])
@@ -130,7 +135,7 @@ def words(
         "|---" * (len(blocks) + 1) + "|",
     ]
     for name, costs in relative.items():
-        cells = [f"{np.median(costs[block]):.2f}" for block in blocks]
+        cells = [f"{np.nanmedian(costs[block]):.2f}" for block in blocks]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -141,7 +146,7 @@ def words(
     for name, costs in relative.items():
         cells = []
         for three, five in PAIRS:
-            low, median, high = np.quantile(costs[five] / costs[three], [0.1, 0.5, 0.9])
+            low, median, high = np.nanquantile(costs[five] / costs[three], [0.1, 0.5, 0.9])
             cells.append(f"{median:.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"Spearman between devices over {NETWORKS} random networks:", ""]
