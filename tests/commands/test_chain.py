@@ -20,7 +20,7 @@ import yaml
 from tiny_run import SMALL, write_space, write_table
 
 from fbnas.commands import main
-from fbnas.commands.composition import compose
+from fbnas.commands.composition import compose_single
 from fbnas.commands.stages import Judge, Stage
 from fbnas.latency.devices import Device, Measurement
 from fbnas.latency.runtimes import runtime as runtime_file
@@ -423,7 +423,7 @@ def again(
         monkeypatch.setattr(Device, "measure", lambda _, files, **__: fake.measure(files))
         arguments = [*run_arguments(tmp_path / "r"), f"max_accuracy_drop={allowed}"]
         config = tmp_path / "r" / "config.yaml"
-        config.write_text(yaml.safe_dump(compose("run", arguments[1:])))
+        config.write_text(yaml.safe_dump(compose_single("run", arguments[1:])))
         code = main([*arguments, "resume=true"])
         return code, read(tmp_path / "r" / "result.json")
 
@@ -461,7 +461,7 @@ def test_a_budget_that_is_missed_is_exit_code_3(
 def test_config_yaml_composes_what_was_run(steady: Path) -> None:
     stored = yaml.safe_load((steady / "config.yaml").read_text())
     assert stored.pop("command_line").startswith("fbnas run ")
-    assert stored == compose("run", run_arguments(steady)[1:])
+    assert stored == compose_single("run", run_arguments(steady)[1:])
 
 
 def test_a_file_that_states_nothing_is_evaluated_with_the_datas_own_mean_and_std(
