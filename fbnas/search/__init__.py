@@ -4,7 +4,7 @@ from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.logbook import Learned, read_result, read_supernet
 from fbnas.search.loop import SearchResult, search
 from fbnas.search.objectives import OBJECTIVES, build_objective
-from fbnas.search.ranking import rank_by_shared_weights
+from fbnas.search.ranking import Ranked, SharedWeightsJudge, rank_by_shared_weights
 from fbnas.search.selection import (
     Limit,
     check_budget,
@@ -23,8 +23,10 @@ __all__ = [
     "LatencySource",
     "Learned",
     "Limit",
+    "Ranked",
     "SearchResult",
     "SearchSettings",
+    "SharedWeightsJudge",
     "Supernet",
     "Target",
     "build_objective",
