@@ -2,6 +2,7 @@
 
 from fbnas.training.data import Data, batches, load_data, split_for_search
 from fbnas.training.evaluation import evaluate, recalibrate_bn
+from fbnas.training.halving import Halved, Trial, halve, planned
 from fbnas.training.images import Images, Subset, TensorImages
 from fbnas.training.interrupt import stop_on_signal
 from fbnas.training.loop import TrainingResult, train
@@ -10,15 +11,19 @@ from fbnas.training.state import TrainingDiverged
 
 __all__ = [
     "Data",
+    "Halved",
     "Images",
     "Subset",
     "TensorImages",
     "TrainingDiverged",
     "TrainingResult",
     "TrainingSettings",
+    "Trial",
     "batches",
     "evaluate",
+    "halve",
     "load_data",
+    "planned",
     "recalibrate_bn",
     "split_for_search",
     "stop_on_signal",
