@@ -21,7 +21,15 @@ WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit")
 LISTS = {  # options that take one value or a list of them
     "search": ("table", "target_ms", "target_mj", "target_mb", "max_params")
 }
-LEAST = {"classes": 1, "candidates": 1, "count": 1, "networks": 0, "random": 0, "seed": 0}
+LEAST = {
+    "classes": 1,
+    "candidates": 1,
+    "count": 1,
+    "halving_epochs": 1,
+    "networks": 0,
+    "random": 0,
+    "seed": 0,
+}
 
 
 def check_values(
