@@ -104,7 +104,7 @@ def _refuse(message: str) -> int:
 
 def _how_to_resume(command: str, overrides: Sequence[str], out: str | None) -> str:
     begun = out is not None and (Path(out) / "config.yaml").is_file()
-    if command in ("run", "search", "train", "compress") and begun:
+    if command in ("run", "search", "sample", "train", "compress") and begun:
         again = shlex.join([command, *(o for o in overrides if not o.startswith("overwrite="))])
         resume = "" if "resume=true" in overrides else " resume=true"
         return f"fbnas: interrupted. Continue with: fbnas {again}{resume}"

@@ -12,24 +12,25 @@ from fbnas.commands.budgets import (
     predicted_text,
     with_budgets,
 )
+from fbnas.commands.candidates import candidates_before, check_choice, halved, ranked
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import data_for, search_folder
-from fbnas.errors import InputError, unknown
-from fbnas.files import read_yaml, write_yaml
+from fbnas.errors import InputError
+from fbnas.files import write_yaml
 from fbnas.search import (
+    Learned,
+    Limit,
     check_budget,
     check_limits,
     most_probable_within,
-    rank_by_shared_weights,
     read_result,
-    read_supernet,
 )
-from fbnas.space import Architecture
+from fbnas.space import Architecture, SearchSpace
+from fbnas.training.data import Data
 
 
 def main(config: dict[str, Any]) -> int:
-    if config["rank"] not in ("probability", "shared_weights"):
-        raise unknown("rank", config["rank"], ("probability", "shared_weights"))
+    check_choice(config)
     source = search_folder(config["run"])
     space, learned, classes = read_result(source)
     if not 0 <= config["target"] < len(learned):
@@ -38,26 +39,23 @@ def main(config: dict[str, Any]) -> int:
         )
     target = learned[config["target"]]
     check_budgets(config)
-    latency, *others = limits = with_budgets(target.limits, config)
-    budget_ms = latency.budget if latency.bounded else None
-    if budget_ms is not None:
-        check_budget(budget_ms, latency.cost, latency.base)
+    latency, *_ = limits = with_budgets(target.limits, config)
+    if latency.bounded:
+        check_budget(latency.budget, latency.cost, latency.base)
     check_limits(limits)
+    data = _data(config, space, classes)
+    if config["halving"] and not config["out"]:
+        config["out"] = str(Path(config["run"]) / "halving")
     out = OutFolder(config)
     folder = out.path or Path(config["run"])
 
+    best = candidates_before(folder) if config["halving"] and out.resume else None
+    if best is None:
+        best = _best(config, source, target, limits, data)
+    if config["halving"]:
+        assert data is not None
+        best = halved(config, source, space, best, data=data, out=folder, resume=out.resume)
     theta = target.distribution
-    best = most_probable_within(
-        theta.probabilities(),
-        latency.cost,
-        budget_ms=budget_ms,
-        base_ms=latency.base,
-        count=config["count"],
-        space=space,
-        limits=others,
-    )
-    if config["rank"] == "shared_weights":
-        best = _ranked(config, source, best, space, classes)
     if out.path is not None:
         write_yaml(folder / "space.yaml", space.to_dict())
     generator = torch.Generator().manual_seed(config["seed"])
@@ -71,40 +69,48 @@ def main(config: dict[str, Any]) -> int:
         probability = architecture.provenance["log_probability"]
         predicted = predicted_text(architecture.provenance, limits)
         print(f"{file}: {predicted}, log-probability {probability:.2f}: {architecture}")
+    first = best[0].provenance
     out.finish(
         architecture=list(best[0].blocks),
-        **{limit.key: best[0].provenance[limit.key] for limit in limits if limit.name != "params"},
+        **{limit.key: first[limit.key] for limit in limits if limit.name != "params"},
         **budgets_of(limits),
+        validation_accuracy=first.get("validation_accuracy"),
     )
     return 0
 
 
-def _ranked(
-    config: dict[str, Any], source: Path, best: list[Architecture], space: Any, classes: int
-) -> list[Architecture]:
-    """Order by cross-entropy with the shared weights, on the images that theta learned from."""
-    searched = read_yaml(_config_of(source))
-    seed = searched.get("seed", 0)
+def _data(config: dict[str, Any], space: SearchSpace, classes: int) -> Data | None:
+    """Load the search's data, where the choice needs any."""
+    if config["rank"] == "probability" and not config["halving"]:
+        return None
     data = data_for(config, space)
     if data.classes != classes:
         raise InputError(
             f"{data.name} has {data.classes} classes, the search had {classes}; give the search's "
             "data=..."
         )
-    ranked = rank_by_shared_weights(
-        read_supernet(source, space, classes),
-        best,
-        data,
-        weights_fraction=searched["search"]["weights_fraction"],
-        seed=seed,
+    return data
+
+
+def _best(
+    config: dict[str, Any],
+    source: Path,
+    target: Learned,
+    limits: tuple[Limit, ...],
+    data: Data | None,
+) -> list[Architecture]:
+    """The most probable within the budgets, or the best of many by the shared weights."""
+    latency, *others = limits
+    best = most_probable_within(
+        target.distribution.probabilities(),
+        latency.cost,
+        budget_ms=latency.budget if latency.bounded else None,
+        base_ms=latency.base,
+        count=config["count"],
+        space=target.distribution.space,
+        limits=others,
     )
-    for r in ranked:
-        r.architecture.provenance["shared_weights_cross_entropy"] = round(r.cross_entropy, 5)
-        r.architecture.provenance["shared_weights_accuracy"] = round(r.accuracy, 5)
-    return [r.architecture for r in ranked]
-
-
-def _config_of(source: Path) -> Path:
-    """A search inside a run has the run's configuration."""
-    own = source / "config.yaml"
-    return own if own.is_file() else source.parent / "config.yaml"
+    if config["rank"] == "probability":
+        return best
+    assert data is not None
+    return ranked(config, source, target.distribution, limits, best=best, data=data)

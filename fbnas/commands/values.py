@@ -34,6 +34,7 @@ LEAST = {
     "classes": 1,
     "candidates": 1,
     "count": 1,
+    "halving_epochs": 1,
     "networks": 0,
     "random": 0,
     "seed": 0,

@@ -231,12 +231,29 @@ def lowest_within(limit: Limit, others: Sequence[Limit]) -> float:
         InputError: no network is within them.
     """
     free = replace(limit, budget=math.inf)
-    paths = _best_paths(
-        -limit.cost.detach().double().cpu().nan_to_num(0.0).numpy(), (free, *others), 1
-    )
+    return limit.of(_extreme(free, (free, *others), sign=-1))
+
+
+def highest_within(limit: Limit, others: Sequence[Limit]) -> float:
+    """Return the highest cost of a sum that any network within its and the other budgets has.
+
+    Raises:
+        InputError: no network is within them.
+    """
+    return limit.of(_extreme(limit, (limit, *others), sign=1))
+
+
+def _extreme(limit: Limit, limits: Sequence[Limit], *, sign: int) -> list[int]:
+    """The path of the highest cost within `limits`, or with sign -1 of the lowest."""
+    score = sign * limit.cost.detach().double().cpu().nan_to_num(0.0).numpy()
+    paths = _best_paths(score, limits, 1)
+    bounded = [x for x in limits if x.bounded]
     if not paths:
-        _refuse_conflict([other for other in others if other.bounded])
-    return limit.of(paths[0])
+        _refuse_conflict(bounded)
+        raise InputError(
+            f"No network fits {_budgets(bounded)}: {'; '.join(x.range_text() for x in bounded)}."
+        )
+    return paths[0]
 
 
 def _budgets(bounded: Sequence[Limit]) -> str:

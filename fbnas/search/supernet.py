@@ -18,6 +18,8 @@ from fbnas.space.network import (
 )
 from fbnas.space.search_space import Layer, SearchSpace
 
+Path = tuple[int, ...]  # one block index per layer
+
 
 class MixedBlock(nn.Module):
     """All blocks that one layer offers.

@@ -219,13 +219,8 @@ class NetworkCard:
 
 def save_network(folder: str | Path, network: nn.Module, card: NetworkCard) -> None:
     """Write `network.yaml` and `weights.safetensors` into `folder`."""
-    from safetensors.torch import save
-
     folder = Path(folder)
-    tensors = {
-        key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()
-    }
-    atomic_write(folder / "weights.safetensors", save(tensors))
+    save_weights(network, folder / "weights.safetensors")
     write_yaml(
         folder / "network.yaml",
         {
@@ -237,6 +232,16 @@ def save_network(folder: str | Path, network: nn.Module, card: NetworkCard) -> N
             "preprocessing": {"mean": list(card.mean), "std": list(card.std)},
         },
     )
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write the weights alone, which `load_weights_` reads."""
+    from safetensors.torch import save
+
+    tensors = {
+        key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()
+    }
+    atomic_write(path, save(tensors))
 
 
 def load_network(folder: str | Path) -> tuple[Network, NetworkCard]:

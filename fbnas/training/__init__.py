@@ -2,6 +2,7 @@
 
 from fbnas.training.data import Data, batches, load_data, split_for_search
 from fbnas.training.evaluation import evaluate, recalibrate_bn
+from fbnas.training.halving import Halved, Trial, halve, planned
 from fbnas.training.images import Images, Subset, TensorImages
 from fbnas.training.interrupt import stop_on_signal
 from fbnas.training.loop import TrainingResult, train
@@ -12,6 +13,7 @@ from fbnas.training.task import CLASSIFICATION, Task
 __all__ = [
     "CLASSIFICATION",
     "Data",
+    "Halved",
     "Images",
     "Subset",
     "Task",
@@ -19,9 +21,12 @@ __all__ = [
     "TrainingDiverged",
     "TrainingResult",
     "TrainingSettings",
+    "Trial",
     "batches",
     "evaluate",
+    "halve",
     "load_data",
+    "planned",
     "recalibrate_bn",
     "split_for_search",
     "stop_on_signal",

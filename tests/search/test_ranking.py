@@ -1,16 +1,26 @@
-"""Ranking by shared weights: what was trained comes first, whatever the order of the images."""
+"""Ranking by shared weights: exact, whatever the order, and on the images that it may see."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from search_run import SPACE, small_digits
 from torch.nn import functional
 
-from fbnas.search import Supernet, rank_by_shared_weights, ranking
+from fbnas.errors import InputError
+from fbnas.search import SharedWeightsJudge, Supernet, rank_by_shared_weights, ranking
 from fbnas.space import Architecture
 from fbnas.training.data import Data, TensorImages, batches, split_for_search
+from fbnas.training.evaluation import evaluate, recalibrate_bn
 
 TRAINED = Architecture(("k3_e3", "k3_e1", "k3_e3"), "tiny")
 UNTRAINED = Architecture(("k3_e1", "k3_e3", "k3_e1"), "tiny")
+ALL = [
+    Architecture(blocks, "tiny") for blocks in itertools.product(*(x.blocks for x in SPACE.layers))
+]
 
 
 def sorted_by_class(data: Data) -> Data:
@@ -50,6 +60,28 @@ def supernet(data: Data) -> Supernet:
     return supernet
 
 
+@pytest.fixture(scope="module")
+def lively(data: Data) -> Supernet:
+    """No block is the identity at first: a mistake in any of them shows."""
+    torch.manual_seed(1)
+    supernet = Supernet(SPACE, classes=10)
+    for parameter in supernet.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return supernet
+
+
+def by_definition(
+    supernet: Supernet, architecture: Architecture, data: Data, *, calibration: int, held_out: int
+) -> tuple[float, float]:
+    """A network of its own, its statistics from the weights' images, judged on theta's."""
+    weights_images, theta_images = split_for_search(data.train, fraction=0.8, seed=0)
+    shown = ranking._some(weights_images, calibration, 0)
+    network = supernet.network(architecture)
+    size = ranking.BATCH
+    recalibrate_bn(network, network, batches(shown, size, mean=data.mean, std=data.std))
+    return evaluate(network, ranking._some(theta_images, held_out, 0), mean=data.mean, std=data.std)
+
+
 def test_a_trained_path_comes_before_an_untrained_one(supernet: Supernet, data: Data) -> None:
     before = {name: value.clone() for name, value in supernet.state_dict().items()}
     for order in ([UNTRAINED, TRAINED], [TRAINED, UNTRAINED]):
@@ -57,55 +89,125 @@ def test_a_trained_path_comes_before_an_untrained_one(supernet: Supernet, data: 
         assert (first.architecture, second.architecture) == (TRAINED, UNTRAINED)
         assert first.cross_entropy < second.cross_entropy
     assert first.accuracy > 0.5 > second.accuracy
+    assert supernet.training
     for name, value in supernet.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-def test_few_images_are_of_all_classes_in_every_batch(
-    supernet: Supernet, data: Data, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "images", [{"calibration": 150, "held_out": 100}, {"calibration": 64, "held_out": 9}]
+)
+def test_every_network_is_judged_as_it_would_be_alone(
+    lively: Supernet, data: Data, images: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.Tensor] = []
-    recalibrate, evaluate = ranking.recalibrate_bn, ranking.evaluate
+    monkeypatch.setattr(ranking, "BATCH", 64)  # several batches, the last one smaller
+    options = {f"{name}_images": number for name, number in images.items()}
+    ranked = rank_by_shared_weights(lively, ALL, data, **options)
+    assert {r.architecture for r in ranked} == set(ALL)
+    assert [r.cross_entropy for r in ranked] == sorted(r.cross_entropy for r in ranked)
+    assert ranked[0].cross_entropy < ranked[-1].cross_entropy - 0.03
+    for r in ranked:
+        loss, accuracy = by_definition(lively, r.architecture, data, **images)
+        assert r.cross_entropy == pytest.approx(loss, rel=1e-5)
+        assert r.accuracy == pytest.approx(accuracy, abs=1e-9)
 
-    def note_batches(module, forward, batches):  # type: ignore[no-untyped-def]
-        seen.extend(labels for _, labels in batches)
-        recalibrate(module, forward, batches)
 
-    def note_images(network, images, **options):  # type: ignore[no-untyped-def]
-        seen.append(images.labels)
-        return evaluate(network, images, **options)
+def test_the_numbers_depend_on_neither_order_nor_company(lively: Supernet, data: Data) -> None:
+    def found(architectures: list[Architecture]) -> dict[tuple[str, ...], float]:
+        return {
+            r.architecture.blocks: r.cross_entropy
+            for r in rank_by_shared_weights(lively, architectures, data)
+        }
 
-    monkeypatch.setattr(ranking, "recalibrate_bn", note_batches)
-    monkeypatch.setattr(ranking, "evaluate", note_images)
+    together = found(ALL)
+    shuffled = random.Random(0).sample(ALL, len(ALL))
+    assert found(shuffled) == together
+    assert found([*shuffled[:5], shuffled[0]]) == {
+        a.blocks: together[a.blocks] for a in shuffled[:5]
+    }
+    for architecture in shuffled[:3]:
+        assert found([architecture])[architecture.blocks] == together[architecture.blocks]
+
+
+def test_what_two_begin_with_is_computed_once(lively: Supernet, data: Data) -> None:
+    judge = SharedWeightsJudge(lively, data, calibration_images=64, held_out_images=64)
+    runs: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: runs.update({name: runs.get(name, 0) + 1})
+
+    for name, part in judge.supernet.named_children():
+        for key, module in part.named_children() if name == "layers" else [(name, part)]:
+            for branch, block in module.branches.items() if name == "layers" else [("", module)]:
+                block.register_forward_hook(count(f"{key}{branch}"))
+    judge(ALL)
+    first = len(SPACE.layers[0].blocks)
+    assert runs["stem"] == 2  # for the statistics, and for the judgement
+    assert sum(runs[f"0{name}"] for name in SPACE.layers[0].blocks) == 2 * first
+    assert runs["head"] == 2 * len(ALL)
+
+
+def test_who_was_judged_before_is_not_judged_again(
+    lively: Supernet, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, judged = SharedWeightsJudge(lively, data), []
+    judge_them = judge._judge
+
+    def note(paths: Any) -> None:
+        judged.append(list(paths))
+        judge_them(paths)
+
+    monkeypatch.setattr(judge, "_judge", note)
+    before = judge(ALL[:4])
+    assert judge(ALL[:4]) == before
+    assert len(judge(ALL[2:6])) == 4
+    assert [len(paths) for paths in judged] == [4, 2]
+    assert judge([]) == []
+    with pytest.raises(InputError, match="space tiny has 3 layers"):
+        judge([Architecture(("k3_e1",))])
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every batch that a ranking reads."""
+    read: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(*arguments: Any, **options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in batches(*arguments, **options):
+            read.append(batch)
+            yield batch
+
+    monkeypatch.setattr(ranking, "batches", note)
+    return read
+
+
+def test_few_images_are_of_all_classes_in_every_batch(
+    supernet: Supernet,
+    data: Data,
+    shown: list[tuple[torch.Tensor, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(ranking, "BATCH", 128)
     rank_by_shared_weights(supernet, [TRAINED], data, calibration_images=256, held_out_images=100)
-    assert [len(labels) for labels in seen] == [128, 128, 100]
-    for labels in seen:
+    assert [len(labels) for _, labels in shown] == [128, 128, 100]
+    for _, labels in shown:
         assert labels.unique().tolist() == list(range(10))
 
 
 def test_statistics_come_from_the_weights_part_and_the_loss_from_theta_s(
-    supernet: Supernet, data: Data, monkeypatch: pytest.MonkeyPatch
+    supernet: Supernet, data: Data, shown: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
-    shown: dict[str, set[bytes]] = {"statistics": set(), "judged": set()}
-    recalibrate, evaluate = ranking.recalibrate_bn, ranking.evaluate
-
     def pictures(pixels: torch.Tensor) -> set[bytes]:
         return {image.contiguous().numpy().tobytes() for image in pixels}
 
-    def note_batches(module, forward, batches):  # type: ignore[no-untyped-def]
-        for x, _ in batches:
-            std, mean = torch.tensor(data.std), torch.tensor(data.mean)
-            shown["statistics"] |= pictures(((x * std + mean) * 255).round().to(torch.uint8))
-        recalibrate(module, forward, batches)
+    def seen(x: torch.Tensor) -> set[bytes]:
+        std, mean = torch.tensor(data.std), torch.tensor(data.mean)
+        return pictures(((x * std + mean) * 255).round().to(torch.uint8))
 
-    def note_images(network, images, **options):  # type: ignore[no-untyped-def]
-        shown["judged"] |= pictures(images.batch(torch.arange(len(images))))
-        return evaluate(network, images, **options)
-
-    monkeypatch.setattr(ranking, "recalibrate_bn", note_batches)
-    monkeypatch.setattr(ranking, "evaluate", note_images)
     rank_by_shared_weights(supernet, [TRAINED], data, seed=5)
     weights_images, theta_images = split_for_search(data.train, fraction=0.8, seed=5)
-    assert shown["statistics"] <= pictures(weights_images.batch(torch.arange(len(weights_images))))
-    assert shown["judged"] == pictures(theta_images.batch(torch.arange(len(theta_images))))
+    *statistics, judged = (seen(x) for x, _ in shown)
+    assert len(statistics) == 2
+    for part in statistics:
+        assert part <= pictures(weights_images.batch(torch.arange(len(weights_images))))
+    assert judged == pictures(theta_images.batch(torch.arange(len(theta_images))))
