@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fbnas.errors import InputError
-from fbnas.search.selection import SMALLEST_PROBABILITY, Limit, highest_within
+from fbnas.search.selection import ROUNDING, SMALLEST_PROBABILITY, Limit, highest_within
 from fbnas.search.supernet import Path
 
 FLOOR = 0.9  # of the first budget: a network far below it gives accuracy away
@@ -47,7 +47,7 @@ class Band:
         if self.first is not None and floor > 0:
             others = [limit for limit in own if limit is not self.first]
             highest, least = highest_within(self.first, others), floor * self.first.budget
-            self.least = least if least <= highest else floor * highest
+            self.least = (least if least <= highest else floor * highest) * (1 - ROUNDING)
 
     def excess(self, paths: Tensor) -> Tensor:
         """Return how far networks are outside, relative to the budgets; 0 is within: (n,).

@@ -59,11 +59,12 @@ def halve(
 ) -> list[Halved]:
     """Train all, keep the better half by validation, train those on, until one is left; best first.
 
-    Rung r = 0, 1, ... ends when each of its networks has been trained for `epochs` * 2^r epochs in
-    all. A network goes on with the weights of its own rung before, at a learning rate that rises
-    anew (warm restarts, Loshchilov & Hutter 2017), so that all that are compared have cooled down.
-    n = 2^R candidates take n * `epochs` * (R + 1) / 2 epochs, instead of n * `epochs` * 2^(R - 1)
-    where all are trained as long as the last two. `data.test` is never read.
+    Rung r = 1, 2, ... ends when each of its networks has been trained for `epochs` * 2^(r - 1)
+    epochs in all. A network goes on with the weights of its own rung before, at a learning rate
+    that rises anew (warm restarts, Loshchilov & Hutter 2017), so that all that are compared have
+    cooled down.
+    n = 2^R candidates take n * `epochs` * (R + 1) / 2 epochs together, instead of the
+    n * `epochs` * 2^(R - 1) of training all as long as the last two. `data.test` is never read.
     Source: Jamieson & Talwalkar 2016 (arXiv 1502.07943), with half of each rung kept.
 
     Args:
