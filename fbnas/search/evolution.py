@@ -7,8 +7,8 @@ import torch
 from fbnas.errors import InputError
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.ranking import Ranked
-from fbnas.search.sampling import FLOOR, Band, draw_within
-from fbnas.search.selection import Limit, most_probable_within
+from fbnas.search.sampling import Band, draw_within
+from fbnas.search.selection import LEAST_USED, Limit, most_probable_within
 from fbnas.search.supernet import Path
 from fbnas.space.architecture import Architecture
 
@@ -26,7 +26,7 @@ def evolve(
     generations: int = 19,
     parents: int = 10,
     mutation: float = 0.1,
-    floor: float = FLOOR,
+    floor: float = LEAST_USED,
     seed: int = 0,
 ) -> list[Ranked]:
     """Return all networks that were judged, best first: population * (generations + 1) at most.

@@ -95,15 +95,16 @@ def search(
             undefined, a checkpoint of another search, or a loss that is no longer a number.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint was written.
     """
+    settings = settings or SearchSettings()
     loop = Loop(
         space,
         data,
         targets,
         objective=objective or DualAscent(),
-        settings=settings or SearchSettings(),
+        settings=settings,
         seed=seed,
         out=out,
-        fabric=fabric or one_process(settings or SearchSettings()),
+        fabric=fabric or one_process(settings),
         task=task,
     )
     if resume:
@@ -268,7 +269,7 @@ class Loop:
         if self.settings.weights_on == "path":
             return learner.distribution.sample_path()
         with torch.no_grad():
-            return learner.distribution.gates(self.settings.tau_at(epoch)).to(self.device)
+            return learner.distribution.gates(self.settings.tau_at(epoch))
 
     def order(
         self, images: Images, epoch: int, *, start: int, index: int = 0
@@ -340,9 +341,8 @@ class Loop:
         self.step += 1
         self.advance(1)
         due = time.monotonic() - self.last_save > self.settings.checkpoint_every_s
-        several = self.fabric.world_size > 1
-        if several and self.step % AGREE_STEPS:
-            return
+        if self.fabric.world_size > 1 and self.steps_done() % AGREE_STEPS:
+            return  # counted over all passes: those of a small data set have fewer steps
         interrupted = any_process(stop(), self.fabric)
         if interrupted or any_process(due, self.fabric):
             self.refuse_nan(epoch)

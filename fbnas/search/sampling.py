@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from fbnas.errors import InputError
-from fbnas.search.selection import ROUNDING, SMALLEST_PROBABILITY, Limit, highest_within
+from fbnas.search.selection import (
+    LEAST_USED,
+    ROUNDING,
+    SMALLEST_PROBABILITY,
+    Limit,
+    highest_within,
+)
 from fbnas.search.supernet import Path
 
-FLOOR = 0.9  # of the first budget: a network far below it gives accuracy away
 DRAWS_PER_NETWORK = 50  # that is wanted, before those outside are mended
 MENDED_PER_NETWORK = 2  # a space may hold fewer networks than are wanted
 FLATTER = 7  # times that probabilities are replaced by their square roots: then 1e-38 is 0.25
@@ -32,7 +37,9 @@ class Band:
         InputError: no network is within the budgets, or a floor that is no fraction.
     """
 
-    def __init__(self, limits: Sequence[Limit], offered: Tensor, *, floor: float = FLOOR) -> None:
+    def __init__(
+        self, limits: Sequence[Limit], offered: Tensor, *, floor: float = LEAST_USED
+    ) -> None:
         if not 0 <= floor <= 1:
             raise InputError(f"floor is {floor}; expected from 0 (none) to 1.")
         self.offered = offered.cpu() & torch.stack([x.offered().cpu() for x in limits]).all(dim=0)

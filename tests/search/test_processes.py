@@ -1,33 +1,17 @@
 """A search on two processes is the search of one: same draws, same numbers but for rounding."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from search_run import run, start
 from torch import nn
 
 from fbnas.errors import InputError
-from fbnas.files import read_json, read_jsonl
+from fbnas.files import load_checkpoint, read_json, read_jsonl
 from fbnas.training.processes import SyncedBatchNorm, part_of, synchronise_bn_
-
-SCRIPT = Path(__file__).with_name("search_run.py")
-ROOT = Path(__file__).parents[2]
-
-
-def start(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def finish(out: Path, *options: str) -> Path:
@@ -86,6 +70,9 @@ def test_two_killed_processes_continue_to_the_same_numbers(double: Path, tmp_pat
     assert start(out, "plain", "devices=2", "SIGKILL@9").returncode == -signal.SIGKILL
     assert (out / "checkpoint.pt").is_file()
     assert start(out, "plain", "devices=2", "resume", "SIGINT@5").returncode != 0
+    stopped = load_checkpoint(out / "checkpoint.pt")["position"]
+    assert stopped[0] < 4  # in the middle: all processes agreed to stop
+    assert not (out / "theta.json").exists()
     finish(out, "plain", "devices=2", "resume")
     assert read_json(out / "theta.json") == read_json(double / "theta.json")
     name = "supernet.safetensors"
@@ -99,8 +86,6 @@ def test_a_checkpoint_of_another_search_is_refused_by_all(double: Path) -> None:
 
 
 def test_batches_that_cannot_be_divided_are_refused() -> None:
-    from search_run import run
-
     with pytest.raises(InputError, match="cannot be divided among 1 process.* and 3 part"):
         run(settings={"accumulate": 3})
 

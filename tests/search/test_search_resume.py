@@ -1,24 +1,19 @@
 """A search that is killed and resumed ends at exactly the numbers of one that was not."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from search_run import SETTINGS, Table, run
+from search_run import SETTINGS, Table, run, start
 from torch import Tensor
 
 from fbnas.errors import InputError
 from fbnas.files import load_checkpoint, read_json, read_jsonl, save_checkpoint
 from fbnas.search import Target, build_objective, loop, read_result, read_supernet
 
-SCRIPT = Path(__file__).with_name("search_run.py")
-ROOT = Path(__file__).parents[2]
 WEIGHTS_STEPS, THETA_STEPS = 4, 1  # 160 training images: 128 for the weights, 32 for theta
 WARMUP_STEPS = SETTINGS["warmup_epochs"] * WEIGHTS_STEPS
 EPOCH_STEPS = WEIGHTS_STEPS + THETA_STEPS
@@ -29,17 +24,6 @@ SOFT = {  # as the published recipe: all blocks mixed
     "tau_final": None,
     "theta_passes": 2,
 }
-
-
-def start(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def finish(out: Path, *options: str) -> None:
