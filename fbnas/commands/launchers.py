@@ -6,6 +6,7 @@ command line, so that what ran can be run again by hand.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -254,8 +255,7 @@ class Submitit:
         return [SubmititJob(j, h, self.cluster) for j, h in zip(jobs, handles, strict=True)]
 
     def _executor(self, root: Path) -> Any:
-        import submitit
-
+        submitit = import_submitit()
         folder = root / "submitit"
         requeues = {f"{self.cluster}_max_num_timeout": self.requeues}
         executor = submitit.AutoExecutor(folder, cluster=self.cluster, **requeues)
@@ -319,8 +319,7 @@ class Slurm(Submitit):
         }
 
     def find(self, job: Job, root: Path, id: str) -> Running | None:
-        import submitit
-
+        submitit = import_submitit()
         handle = submitit.SlurmJob[int](folder=(root / "submitit").absolute(), job_id=id)
         if handle.done(force_check=True) or handle.state == "UNKNOWN":
             return None
@@ -439,11 +438,27 @@ class RayTask:
         ray.cancel(self.reference, force=self.stops > 2)
 
 
+def import_submitit() -> Any:
+    """Import submitit without its set-up of logging, which closes the log handlers of others.
+
+    One of them is absl's, of TensorBoard: it would close what was `sys.stderr` when it was made.
+    Jobs, in processes of their own, log as submitit means them to.
+    """
+    name, given = "SUBMITIT_LOG_LEVEL", os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ[name] = "NOCONFIG"
+    try:
+        return importlib.import_module("submitit")
+    finally:
+        del os.environ[name]
+        if given is not None:
+            os.environ[name] = given
+
+
 def _need(package: str, kind: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise InputError(
             f"launcher={kind}: {package} is not installed in {sys.executable}; expected it there: "
-            f"pip install 'fbnas[{extra}]'"
+            f"pip install '.[{extra}]' in a checkout of fbnas"
         )
 
 

@@ -1,8 +1,10 @@
 """Several runs of one command: real ones compared with single ones, and all that surrounds them."""
 
+import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -243,7 +245,7 @@ def test_a_missing_package_is_named_with_its_command(
     assert main([*COUNT, "-m", "seed=1,2", "out=r", f"launcher={launcher}"]) == 2
     shown = capsys.readouterr().err
     assert f"launcher={launcher}: {package} is not installed" in shown
-    assert "pip install 'fbnas[" in shown
+    assert "pip install '.[" in shown
     assert not Path("r").exists()
 
 
@@ -306,10 +308,37 @@ def test_jobs_run_side_by_side(
     assert "[seed=1] seed 1 resume False meet" in shown.out
 
 
+def need_submitit() -> None:
+    if importlib.util.find_spec("submitit") is None:  # not importorskip: see import_submitit
+        pytest.skip("submitit is not installed")
+
+
+FOREIGN_HANDLER = """
+import logging, os, sys
+from fbnas.commands.launchers import import_submitit
+
+class Handler(logging.StreamHandler):
+    def close(self):
+        sys.exit("closed")
+
+kept = Handler()
+os.environ["SUBMITIT_LOG_LEVEL"] = "DEBUG"
+assert import_submitit().__name__ == "submitit" and not logging.getLogger("submitit").handlers
+assert os.environ["SUBMITIT_LOG_LEVEL"] == "DEBUG"
+os._exit(0)  # at its end logging closes every handler
+"""
+
+
+def test_submitit_leaves_the_log_handlers_of_others_open() -> None:
+    need_submitit()
+    ran = subprocess.run([sys.executable, "-c", FOREIGN_HANDLER], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_submitit_runs_jobs_and_what_runs_out_of_time_goes_on(
     stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("submitit", reason="submitit is not installed")
+    need_submitit()
     stub(seed_1="preempt", seed_2="fail")
     line = ["search", "-m", "table=t.csv", "seed=1,2", "out=r", "launcher=submitit_local"]
     Path("t.csv").write_text("")
@@ -323,7 +352,7 @@ def test_submitit_runs_jobs_and_what_runs_out_of_time_goes_on(
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The commands of a SLURM cluster that is this machine; returns where they keep their notes."""
-    pytest.importorskip("submitit", reason="submitit is not installed")
+    need_submitit()
     folder = tmp_path / "slurm"
     folder.mkdir()
     for name in ("sbatch", "srun", "sacct", "scancel"):
