@@ -32,7 +32,6 @@ from fbnas.search.target import (
 )
 from fbnas.space.network import load_weights_
 from fbnas.space.search_space import SearchSpace
-from fbnas.training.schedules import cosine
 
 if TYPE_CHECKING:
     from fbnas.search.loop import Learner
@@ -58,7 +57,8 @@ def epoch_row(
         "epoch": epoch,
         "phase": "warmup" if epoch < settings.warmup else "search",
         "tau": settings.tau_at(epoch),
-        "lr": settings.weights_lr * cosine(epoch, settings.epochs),
+        "lr": settings.weights_lr_at(epoch, settings.epochs),
+        "theta_lr": settings.theta_lr_at(epoch) if epoch >= settings.warmup else 0.0,
         "weights_loss": weights and weights[0],
         "weights_accuracy": weights and weights[1],
         "theta_loss": theta and theta[0],
@@ -148,6 +148,7 @@ class Logbook:
             "theta_accuracy",
             "tau",
             "lr",
+            "theta_lr",
             "seconds",
         ):
             if row[key] is not None:

@@ -32,7 +32,6 @@ from fbnas.training.processes import (
     summed,
     synchronise_bn_,
 )
-from fbnas.training.schedules import cosine
 from fbnas.training.settings import choose_device
 from fbnas.training.state import TrainingDiverged
 from fbnas.training.task import CLASSIFICATION, Task
@@ -235,6 +234,9 @@ class Loop:
         """Passes over theta's images: each target's theta descends its objective."""
         self.supernet.train().requires_grad_(False)
         tau = self.settings.tau_at(epoch)
+        for learner in self.learners:
+            for group in learner.optimiser.param_groups:
+                group["lr"] = self.settings.theta_lr_at(epoch)
         steps = self.steps(self.theta_images)
         for index in range(self.step // steps, self.settings.theta_passes):
             start = self.step - index * steps
@@ -327,7 +329,7 @@ class Loop:
 
     def set_weights_lr(self, step: int, total: int) -> None:
         for group in self.weights_optimiser.param_groups:
-            group["lr"] = self.settings.weights_lr * cosine(step, total)
+            group["lr"] = self.settings.weights_lr_at(step, total)
 
     def count(self, part: str, loss: Tensor, scores: Tensor, labels: Tensor) -> None:
         """Sum on the device: no step waits for a number that is only logged."""

@@ -71,7 +71,8 @@ class SharedWeightsJudge:
         data: the search's.
         weights_fraction: the search's; with `seed` it decides the split.
         seed: the search's.
-        calibration_images: at most so many, for the statistics.
+        calibration_images: at most so many, for the statistics; 0 leaves the supernet's own, of a
+            mixture of networks.
         held_out_images: at most so many, for cross-entropy and accuracy.
     """
 
@@ -117,9 +118,11 @@ class SharedWeightsJudge:
         """Add `paths`, sorted and distinct, to those known."""
         passes = sum(-(-len(images) // BATCH) for images in (self.calibration, self.held_out))
         with progress("Ranking with the shared weights", total=passes * len(paths)) as advance:
-            statistics = self._statistics(paths, advance)
+            statistics = self._statistics(paths, advance) if len(self.calibration) else None
 
             def run(steps: Path, part: nn.Module, features: Tensor) -> Tensor:
+                if statistics is None:
+                    return part(features)
                 return _normalised(part, features, statistics[steps])
 
             sums = torch.zeros(len(paths), 2, dtype=torch.double)  # of cross-entropy, right answers

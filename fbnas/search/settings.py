@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fbnas.errors import InputError, check_known, unknown
+from fbnas.training.schedules import at, check_points, cosine
 
 TAU_DECAY_PER_EPOCH = 0.045  # FBNet, section 4: tau is multiplied by exp(-0.045) each epoch of 90
 PUBLISHED_EPOCHS = 90
+SCHEDULED = ("tau", "theta_lr", "weights_lr")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class SearchSettings:
     accumulate: parts of a batch whose gradients are summed up, where memory is short.
     clip_norm: largest norm of a weights gradient; None clips nothing.
     tau_final: None follows the paper: tau * exp(-0.045) per epoch of 90, stretched over `epochs`.
+    schedule: of tau, theta_lr or weights_lr, points [part of the search, value] in place of the
+        constants above; none keeps them. Theta sleeps while its rate starts with 0.
     """
 
     epochs: int = 60
@@ -43,6 +47,7 @@ class SearchSettings:
     weights_fraction: float = 0.8
     accumulate: int = 1
     clip_norm: float | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)
     augment: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     checkpoint_every_s: float = 300.0
@@ -83,6 +88,16 @@ class SearchSettings:
                 )
         if self.tau <= 0 or (self.tau_final is not None and self.tau_final <= 0):
             raise InputError(f"search.tau is {self.tau}; expected a positive temperature.")
+        check_known("schedule: search.schedule.", self.schedule, SCHEDULED)
+        for name, points in self.schedule.items():
+            if points:
+                check_points(f"search.schedule.{name}", points, positive=name == "tau")
+        rates = [self.theta_lr_at(epoch) for epoch in range(self.warmup, self.epochs)]
+        if self.schedule.get("theta_lr") and min(rates, default=0) <= 0:
+            raise InputError(
+                f"search.schedule.theta_lr is {self.schedule['theta_lr']}: theta would fall asleep "
+                "again, or never wake; expected 0 at its beginning only."
+            )
         if not 0 <= self.warmup < self.epochs:
             raise InputError(
                 f"search.warmup_epochs is {self.warmup} of {self.epochs} epochs; expected fewer, "
@@ -92,6 +107,9 @@ class SearchSettings:
     @property
     def warmup(self) -> int:
         """Epochs during which theta sleeps and every block is equally likely."""
+        if self.schedule.get("theta_lr"):
+            awake = (e for e in range(self.epochs) if self.theta_lr_at(e) > 0)
+            return next(awake, self.epochs)
         if self.warmup_epochs is not None:
             return self.warmup_epochs
         return min(round(self.warmup_fraction * self.epochs), self.epochs - 1)
@@ -99,9 +117,23 @@ class SearchSettings:
     def tau_at(self, epoch: int) -> float:
         """Temperature of an epoch, counted from 0; it follows the number of epochs asked for."""
         done = epoch / max(self.epochs - 1, 1)
+        if self.schedule.get("tau"):
+            return at(self.schedule["tau"], done, geometric=True)
         if self.tau_final is None:
             return self.tau * math.exp(-TAU_DECAY_PER_EPOCH * (PUBLISHED_EPOCHS - 1) * done)
         return self.tau * (self.tau_final / self.tau) ** done
+
+    def theta_lr_at(self, epoch: int) -> float:
+        """Adam's rate in an epoch, counted from 0."""
+        if self.schedule.get("theta_lr"):
+            return at(self.schedule["theta_lr"], epoch / max(self.epochs - 1, 1))
+        return self.theta_lr
+
+    def weights_lr_at(self, step: int, total: int) -> float:
+        """SGD's rate in a step: a cosine down to 0, or as scheduled."""
+        if self.schedule.get("weights_lr"):
+            return at(self.schedule["weights_lr"], step / total)
+        return self.weights_lr * cosine(step, total)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "SearchSettings":

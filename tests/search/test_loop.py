@@ -93,6 +93,28 @@ def test_fbnet_tau_at_90_epochs_and_its_end_at_any_number() -> None:
     assert [geometric.tau_at(e) for e in range(5)] == pytest.approx([4, 2, 1, 0.5, 0.25])
 
 
+def test_a_schedule_of_points_takes_the_place_of_the_constants() -> None:
+    settings = SearchSettings(
+        epochs=11,
+        schedule={
+            "tau": [[0, 4.0], [1, 0.25]],
+            "theta_lr": [[0, 0], [0.5, 0], [0.8, 0.3]],
+            "weights_lr": [[0, 0.2], [1, 0.0]],
+        },
+    )
+    assert settings.warmup == 6
+    rates = [settings.theta_lr_at(epoch) for epoch in (0, 5, 6, 7, 8, 10)]
+    assert rates == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.3])
+    assert [settings.tau_at(e) for e in (0, 5, 10)] == pytest.approx([4, 1, 0.25])
+    assert [settings.weights_lr_at(step, 8) for step in (0, 4)] == pytest.approx([0.2, 0.1])
+
+
+@pytest.mark.parametrize("points", [[[0, 0]], [[0, 0], [0.5, 0.1], [1, 0]]])
+def test_a_schedule_by_which_theta_sleeps_at_the_end_is_refused(points: list[list[float]]) -> None:
+    with pytest.raises(InputError, match="expected 0 at its beginning only"):
+        SearchSettings(epochs=10, schedule={"theta_lr": points})
+
+
 @pytest.mark.parametrize("epochs", [3, 6])
 def test_schedules_in_use_follow_the_epochs(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
@@ -116,6 +138,22 @@ def test_schedules_in_use_follow_the_epochs(epochs: int, monkeypatch: pytest.Mon
     assert [row["lr"] for row in result.history] == rates[::4]
     assert temperatures == [row["tau"] for row in result.history for _ in range(2)]  # 2 targets
     assert temperatures[-1] == pytest.approx(5.0 * math.exp(-0.045 * 89))
+
+
+def test_theta_s_rate_is_as_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.Adam.step
+
+    def note_rate(self: torch.optim.Adam, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", note_rate)
+    schedule = {"theta_lr": [[0, 0], [0.5, 0], [1, 0.4]]}
+    result = run(settings={"epochs": 5, "schedule": schedule, "augment": {}, **NO_MID_EPOCH})
+    assert rates == pytest.approx([0.2] * (len(rates) // 2) + [0.4] * (len(rates) // 2))
+    assert [row["phase"] for row in result.history] == ["warmup"] * 3 + ["search"] * 2
+    assert [row["theta_lr"] for row in result.history] == pytest.approx([0, 0, 0, 0.2, 0.4])
 
 
 def test_the_objective_does_not_reach_the_weights() -> None:

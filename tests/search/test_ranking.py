@@ -112,6 +112,19 @@ def test_every_network_is_judged_as_it_would_be_alone(
         assert r.accuracy == pytest.approx(accuracy, abs=1e-9)
 
 
+def test_without_calibration_images_the_statistics_are_the_supernet_s(
+    supernet: Supernet, data: Data
+) -> None:
+    _, theta_images = split_for_search(data.train, fraction=0.8, seed=0)
+    ranked = rank_by_shared_weights(supernet, ALL, data, calibration_images=0)
+    with torch.no_grad():
+        for r in ranked:
+            network = supernet.network(r.architecture).eval()
+            loss, accuracy = evaluate(network, theta_images, mean=data.mean, std=data.std)
+            assert r.cross_entropy == pytest.approx(loss, rel=1e-5)
+            assert r.accuracy == pytest.approx(accuracy, abs=1e-9)
+
+
 def test_the_numbers_depend_on_neither_order_nor_company(lively: Supernet, data: Data) -> None:
     def found(architectures: list[Architecture]) -> dict[tuple[str, ...], float]:
         return {
