@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fbnas.errors import InputError, unknown
+from fbnas.space.depthwise import DepthwiseConv2d
 
 BlockFactory = Callable[[int, int, int], nn.Module]
 BLOCKS: dict[str, BlockFactory] = {}
@@ -64,8 +65,9 @@ class ConvBN(nn.Sequential):
         groups: int = 1,
         relu: bool = True,
     ) -> None:
+        depthwise = groups == in_channels == out_channels > 1
         super().__init__(
-            nn.Conv2d(
+            (DepthwiseConv2d if depthwise else nn.Conv2d)(
                 in_channels,
                 out_channels,
                 kernel,

@@ -1,43 +1,60 @@
 """How near does each way of choosing come to the best network of the whole space?
 
-    python scripts/ground_truth/study.py CIFAR_FOLDER scripts/ground_truth [--seeds 5]
-        [--methods hard,two_paths]
+    python scripts/ground_truth/study.py search CIFAR_FOLDER WORK [--part 0/2] [--methods hard,all]
+    python scripts/ground_truth/study.py judge CIFAR_FOLDER WORK
 
-Needs truth.csv (truth.py) and makes table.csv of this machine where there is none. Every method is
-one search for five budgets. Regret: accuracy of the best network within the budget, less that of
-the chosen one, both as trained alone (means over seeds of truth.csv). A row per method, seed and
-budget is appended to study.csv, so the same command continues; study.md is the summary.
+`search` runs every method with every seed, one search for five budgets each, into WORK (a search
+that is whole is not run again; parts may run side by side). `judge` reads what they found, lets the
+shared weights rank the space, looks every choice up in truth.csv, and writes study.csv, ranks.csv,
+study.md and study.png beside this file.
+
+Regret: accuracy of the best network within the budget, less that of the chosen one, both as trained
+alone (test images, means over seeds of truth.csv). The budgets are those of a planned
+microcontroller (`device=roofline`), whose table is the same on every machine.
 """
 
 import argparse
+import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from scipy.stats import kendalltau
 from truth import HERE, all_architectures, small_cifar
 
-from fbnas.latency import Device, LatencyTable, profile
+from fbnas.files import read_json, write_json
+from fbnas.latency import LatencyTable, profile
 from fbnas.latency.calibration import predict
+from fbnas.latency.roofline import Roofline
 from fbnas.search import (
     LEAST_USED,
-    SearchResult,
+    Ranked,
     SearchSettings,
+    SharedWeightsJudge,
     Target,
+    build_objective,
     latency_range,
     most_probable_within,
-    rank_by_shared_weights,
+    read_result,
+    read_supernet,
     search,
 )
 from fbnas.space import Architecture, SearchSpace
 from fbnas.training import Data
 
 FRACTIONS = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the way from the fastest to the slowest network
-EPOCHS = 40
+SEEDS = (0, 1, 2, 3, 4)
+EPOCHS = 60  # the default of search=fast
 TOP = 10  # of the most probable, from which the shared weights choose
-COMMON = {"epochs": EPOCHS, "batch_size": 64, "augment": {"flip": True}, "device": "cpu"}
+FEW = 4  # of the best ranked, which are trained to keep the best by validation images
+MICROCONTROLLER = Roofline(
+    name="microcontroller", gmacs_per_s=0.2, bandwidth_gb_per_s=0.2, overhead_us=20.0
+)
+COMMON = {"epochs": EPOCHS, "augment": {"flip": True}, "device": "cpu"}
 PUBLISHED = {
     "weights_on": "gates",
     "theta_step": "all",
@@ -47,178 +64,310 @@ PUBLISHED = {
     "theta_weight_decay": 5e-4,
     "warmup_fraction": 10 / 90,
 }
-METHODS = {
-    "fbnet": PUBLISHED,
-    "hard": {},
-    "two_paths": {"theta_step": "two_paths"},
-    "all": {"theta_step": "all", "tau": 5.0, "tau_final": None},
-    "hard, weights on uniform paths": {"weights_on": "uniform"},
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fbnet": ("fbnet_additive", PUBLISHED),
+    "fbnet, target objective": ("target", PUBLISHED),
+    "hard": ("target", {"weights_on": "path"}),
+    "two_paths": ("target", {"weights_on": "path", "theta_step": "two_paths"}),
+    "all": ("target", {"weights_on": "path", "theta_step": "all", "tau": 2.0, "tau_final": 0.3}),
+    "hard, weights on uniform paths": ("target", {"weights_on": "uniform"}),
 }
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Accuracy alone, mean over seeds, and latency of every network, by its blocks."""
+    """What every network does alone, and its latency, by its blocks."""
 
-    accuracy: dict[str, float]
-    validation: dict[str, float]
+    accuracy: dict[str, float]  # test, mean over seeds
+    validation: list[dict[str, float]]  # of each seed
     seconds: float
     latency_ms: dict[str, float]
+    spreads: tuple[float, float]  # of networks' means, of a network's seeds
 
     def within(self, budget_ms: float, least: float = 0.0) -> list[str]:
         names = self.latency_ms.items()
         return [name for name, ms in names if least * budget_ms <= ms <= budget_ms]
 
-    def best(self, budget_ms: float) -> float:
-        return max(self.accuracy[name] for name in self.within(budget_ms))
+    def regret(self, name: str, budget_ms: float) -> float:
+        best = max(self.accuracy[other] for other in self.within(budget_ms))
+        return best - self.accuracy[name]
 
 
-def truth_of(path: Path, space: SearchSpace, table: LatencyTable) -> Truth:
+def read_truth(path: Path, space: SearchSpace, table: LatencyTable) -> Truth:
     rows = pd.read_csv(path)
-    means = rows.groupby("blocks")[["accuracy", "validation_accuracy"]].mean()
+    by_network = rows.groupby("blocks").accuracy
     latency_ms, base_ms = table.tensor(space, classes=10)
     everyone = {str(a): a for a in all_architectures(space)}
+    missing = [n for n, many in by_network.count().reindex(list(everyone)).items() if not many > 0]
+    if missing:
+        raise SystemExit(f"{path} misses {len(missing)} networks, as {missing[0]}: run truth.py")
     return Truth(
-        dict(means.accuracy),
-        dict(means.validation_accuracy),
-        float(rows.seconds.median()),
-        {name: predict(space, everyone[name], latency_ms, base_ms) for name in means.index},
+        accuracy=dict(by_network.mean()),
+        validation=[
+            dict(zip(part.blocks, part.validation_accuracy, strict=True))
+            for _, part in rows.groupby("seed")
+        ],
+        seconds=float(rows.seconds.median()),
+        latency_ms={n: predict(space, a, latency_ms, base_ms) for n, a in everyone.items()},
+        spreads=(float(by_network.mean().std()), float(by_network.var().mean() ** 0.5)),
     )
 
 
-def searched(
-    method: str, seed: int, space: SearchSpace, data: Data, targets: list[Target]
-) -> SearchResult:
-    settings = SearchSettings(**{**COMMON, **METHODS[method]})
-    return search(space, data, targets, settings=settings, seed=seed)
+class Study:
+    """The space, its table and budgets, the images."""
+
+    def __init__(self, cifar: Path, work: Path) -> None:
+        self.space = SearchSpace.load(HERE / "space.yaml")
+        self.data: Data = small_cifar(cifar, self.space)
+        self.work = work
+        self.table = profile(
+            self.space, MICROCONTROLLER, HERE / "table.csv", classes=self.data.classes
+        )
+        fastest_ms, slowest_ms = latency_range(*self.table.tensor(self.space, classes=10))
+        self.budgets_ms = [fastest_ms + f * (slowest_ms - fastest_ms) for f in FRACTIONS]
+
+    def folder(self, method: str, seed: int) -> Path:
+        return self.work / method.replace(", ", "-").replace(" ", "_") / f"seed={seed}"
+
+    def search(self, method: str, seed: int) -> None:
+        out = self.folder(method, seed)
+        objective, own = METHODS[method]
+        started = time.monotonic()
+        search(
+            self.space,
+            self.data,
+            [Target(self.table, budget_ms) for budget_ms in self.budgets_ms],
+            objective=build_objective(objective),
+            settings=SearchSettings(**{**COMMON, **own}),
+            seed=seed,
+            out=out,
+            resume=True,
+        )
+        write_json(out / "seconds.json", time.monotonic() - started)
+
+    def chosen(
+        self, method: str, seed: int, truth: Truth
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return a row per budget and rule, and a row per way in which shared weights rank."""
+        out, classes = self.folder(method, seed), self.data.classes
+        _, learned, _ = read_result(out)
+        supernet = read_supernet(out, self.space, classes)
+        ranked = {
+            bn: SharedWeightsJudge(supernet, self.data, seed=seed, calibration_images=images)(
+                all_architectures(self.space)
+            )
+            for bn, images in (("recalibrated", 512), ("the supernet's", 0))
+        }
+        scores = dict(_scores(ranked))
+        who = {"method": method, "seed": seed}
+        latency_ms, base_ms = self.table.tensor(self.space, classes=classes)
+        rows, ranks = [], []
+        for fraction, budget_ms, found in zip(FRACTIONS, self.budgets_ms, learned, strict=True):
+            probable = most_probable_within(
+                found.distribution.probabilities(),
+                latency_ms,
+                budget_ms=budget_ms,
+                base_ms=base_ms,
+                count=TOP,
+                space=self.space,
+                least_used=LEAST_USED,
+            )
+            reach = truth.within(budget_ms, LEAST_USED)
+            for rule, name in self._rules(probable, reach, scores, truth, seed).items():
+                rows.append(
+                    {
+                        **who,
+                        "fraction": fraction,
+                        "rule": rule,
+                        "regret": truth.regret(name, budget_ms),
+                        "used": truth.latency_ms[name] / budget_ms,
+                        "blocks": name,
+                    }
+                )
+            ranks += _ranks({**who, "within": fraction}, reach, scores, truth)
+        ranks += _ranks({**who, "within": "all"}, list(truth.accuracy), scores, truth)
+        return rows, ranks
+
+    def _rules(
+        self,
+        probable: list[Architecture],
+        reach: list[str],
+        scores: dict[tuple[str, str], dict[str, float]],
+        truth: Truth,
+        seed: int,
+    ) -> dict[str, str]:
+        best = scores["recalibrated", "cross-entropy"]
+        few = sorted(reach, key=best.__getitem__)[-FEW:]
+        validation = truth.validation[seed % len(truth.validation)]
+        unadjusted = scores["the supernet's", "cross-entropy"]
+        return {
+            "most probable": str(probable[0]),
+            f"best ranked of the {TOP} most probable": max(
+                map(str, probable), key=best.__getitem__
+            ),
+            "best ranked of all in reach": max(reach, key=best.__getitem__),
+            "best ranked of all, by accuracy": max(
+                reach, key=scores["recalibrated", "accuracy"].__getitem__
+            ),
+            "best ranked of all, BN not recalibrated": max(reach, key=unadjusted.__getitem__),
+            f"{FEW} best ranked, trained": max(few, key=validation.__getitem__),
+        }
 
 
-def judged(found: SearchResult, index: int, truth: Truth, data: Data, seed: int) -> list[dict]:
-    """A row per rule for one target: what it chose, its regret, how well shared weights rank."""
-    target, space = found.targets[index], found.supernet.space
-    budget_ms = target.budget_ms
-    assert budget_ms is not None
-    latency_ms, base_ms = target.table.tensor(space, classes=data.classes)
-    probable = most_probable_within(
-        found.distributions[index].probabilities(),
-        latency_ms,
-        budget_ms=budget_ms,
-        base_ms=base_ms,
-        count=TOP,
-        space=space,
-        least_used=LEAST_USED,
-    )
-    reach = truth.within(budget_ms, LEAST_USED)
-    everyone = [Architecture(tuple(name.split()), space.name) for name in reach]
-    ranked = rank_by_shared_weights(found.supernet, everyone, data, seed=seed)
-    order = {str(r.architecture): -r.cross_entropy for r in ranked}
-    accuracy = {str(r.architecture): r.accuracy for r in ranked}
-    known = [truth.accuracy[name] for name in reach]
-    by_loss, by_accuracy = (
-        float(kendalltau([ranks[name] for name in reach], known).statistic)
-        for ranks in (order, accuracy)
-    )
-    chosen = {
-        "most probable": str(probable[0]),
-        f"best ranked of {TOP} most probable": max(map(str, probable), key=order.__getitem__),
-        "best ranked of all in reach": str(ranked[0].architecture),
-    }
+def _scores(
+    ranked: dict[str, list[Ranked]],
+) -> Iterator[tuple[tuple[str, str], dict[str, float]]]:
+    for bn, networks in ranked.items():
+        yield (bn, "cross-entropy"), {str(r.architecture): -r.cross_entropy for r in networks}
+        yield (bn, "accuracy"), {str(r.architecture): r.accuracy for r in networks}
+
+
+def _ranks(
+    where: dict[str, Any],
+    names: list[str],
+    scores: dict[tuple[str, str], dict[str, float]],
+    truth: Truth,
+) -> list[dict[str, Any]]:
+    known = [truth.accuracy[name] for name in names]
     return [
         {
-            "fraction": FRACTIONS[index],
-            "rule": rule,
-            "regret": truth.best(budget_ms) - truth.accuracy[name],
-            "used": truth.latency_ms[name] / budget_ms,
-            "kendall_cross_entropy": by_loss,
-            "kendall_accuracy": by_accuracy,
-            "blocks": name,
+            **where,
+            "by": by,
+            "bn": bn,
+            "kendall": float(kendalltau([score[name] for name in names], known).statistic),
         }
-        for rule, name in chosen.items()
+        for (bn, by), score in scores.items()
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cifar", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    space = SearchSpace.load(HERE / "space.yaml")
-    data = small_cifar(arguments.cifar, space)
-    table = profile(space, Device(), arguments.folder / "table.csv", classes=data.classes)
-    truth = truth_of(arguments.folder / "truth.csv", space, table)
-    fastest_ms, slowest_ms = latency_range(*table.tensor(space, classes=data.classes))
-    budgets_ms = [fastest_ms + f * (slowest_ms - fastest_ms) for f in FRACTIONS]
-    out = arguments.folder / "study.csv"
-    done = set()
-    if out.is_file():
-        known = pd.read_csv(out)
-        done = set(zip(known.method, known.seed, strict=True))
-    for seed in range(arguments.seeds):
-        for method in METHODS:
-            if (method, seed) in done or method not in arguments.methods.split(","):
-                continue
-            started = time.monotonic()
-            targets = [Target(table, budget_ms) for budget_ms in budgets_ms]
-            found = searched(method, seed, space, data, targets)
-            seconds = time.monotonic() - started
-            rows = [
-                {"method": method, "seed": seed, **row, "seconds": seconds}
-                for index in range(len(targets))
-                for row in judged(found, index, truth, data, seed)
-            ]
-            frame = pd.DataFrame(rows)
-            frame.to_csv(out, mode="a", header=not out.is_file(), index=False, float_format="%.5g")
-            print(frame.groupby("rule").regret.mean().to_string(), flush=True)
-    report = words(pd.read_csv(out), truth, budgets_ms)
-    (arguments.folder / "study.md").write_text(report)
-    print(report)
+def random_search(truth: Truth, budget_ms: float, count: int, repeats: int = 600) -> float:
+    """Mean regret of training `count` random networks at the budget, keeping the best."""
+    reach, chance, found = truth.within(budget_ms, LEAST_USED), random.Random(0), 0.0
+    for i in range(repeats):
+        validation = truth.validation[i % len(truth.validation)]
+        drawn = chance.sample(reach, min(count, len(reach)))
+        found += truth.regret(max(drawn, key=validation.__getitem__), budget_ms)
+    return found / repeats
 
 
-def words(rows: pd.DataFrame, truth: Truth, budgets_ms: list[float]) -> str:
+def words(study: Study, rows: pd.DataFrame, ranks: pd.DataFrame, truth: Truth) -> str:
     """The summary: mean regret and its spread over seeds, beside what chance gives."""
+    between, within = truth.spreads
+    reach = [truth.within(budget_ms, LEAST_USED) for budget_ms in study.budgets_ms]
     lines = [
-        "| method | rule | regret, % points: mean (spread of seeds' means) | budget used | "
-        "Kendall of shared weights: cross-entropy, accuracy | seconds |",
-        "|---|---|---|---|---|---|",
+        f"{len(truth.accuracy)} networks, {len(truth.validation)} seeds each: their mean "
+        f"accuracies lie from {100 * min(truth.accuracy.values()):.1f} to "
+        f"{100 * max(truth.accuracy.values()):.1f} %, with a standard deviation of "
+        f"{100 * between:.2f} points; one network's seeds have {100 * within:.2f}. At 0.9 to 1.0 "
+        f"of the five budgets lie {', '.join(str(len(names)) for names in reach)} networks, with "
+        + ", ".join(
+            f"{100 * pd.Series([truth.accuracy[n] for n in names]).std():.2f}" for names in reach
+        )
+        + " points.",
+        "",
+        "| method | rule | regret, points: mean over budgets and seeds (spread of seeds' means) | "
+        "budget used | search, s |",
+        "|---|---|---|---|---|",
     ]
+    table = []
     for (method, rule), part in rows.groupby(["method", "rule"], sort=False):
         means = part.groupby("seed").regret.mean()
         spread = means.std() if len(means) > 1 else float("nan")
-        lines.append(
-            f"| {method} | {rule} | {100 * means.mean():.2f} ({100 * spread:.2f}) | "
-            f"{part.used.mean():.2f} | {part.kendall_cross_entropy.mean():.2f}, "
-            f"{part.kendall_accuracy.mean():.2f} | {part.seconds.median():.0f} |"
+        table.append(
+            (
+                100 * means.mean(),
+                f"| {method} | {rule} | {100 * means.mean():.2f} ({100 * spread:.2f}) | "
+                f"{part.used.mean():.2f} | {part.seconds.median():.0f} |",
+            )
         )
-    chance = []
-    for budget_ms in budgets_ms:
-        reach = truth.within(budget_ms, LEAST_USED)
-        chance.append(truth.best(budget_ms) - sum(truth.accuracy[n] for n in reach) / len(reach))
+    chance = [random_search(truth, budget_ms, 1) for budget_ms in study.budgets_ms]
     mean = 100 * sum(chance) / len(chance)
-    lines.append(f"| chance | a random network at 0.9 to 1.0 of the budget | {mean:.2f} | | | |")
-    seconds = rows.groupby("method").seconds.median()
-    for method, spent in seconds.items():
-        count = max(round(spent / len(budgets_ms) / truth.seconds), 1)
-        regrets = [random_search(truth, budget_ms, count) for budget_ms in budgets_ms]
+    table.append((mean, f"| chance | a random network in reach | {mean:.2f} | | |"))
+    for method, spent in rows.groupby("method").seconds.median().items():
+        count = max(round(spent / len(FRACTIONS) / truth.seconds), 1)
+        regrets = [random_search(truth, budget_ms, count) for budget_ms in study.budgets_ms]
+        mean = 100 * sum(regrets) / len(regrets)
+        table.append(
+            (
+                mean,
+                f"| chance | best by validation of {count} random ones a budget, as dear as "
+                f"{method} | {mean:.2f} | | {spent:.0f} |",
+            )
+        )
+    lines += [line for _, line in sorted(table)]
+    lines += [
+        "",
+        "Kendall's tau of the shared weights' ranking with the truth (mean over seeds; within a "
+        "budget: over budgets too):",
+        "",
+        "| method | judged by | batch statistics | within a budget | all networks |",
+        "|---|---|---|---|---|",
+    ]
+    for (method, by, bn), part in ranks.groupby(["method", "by", "bn"], sort=False):
+        everyone = part["within"] == "all"
         lines.append(
-            f"| chance | best by validation of {count} random ones, as dear as {method} | "
-            f"{100 * sum(regrets) / len(regrets):.2f} | | | {spent:.0f} |"
+            f"| {method} | {by} | {bn} | {part[~everyone].kendall.mean():.2f} | "
+            f"{part[everyone].kendall.mean():.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def random_search(truth: Truth, budget_ms: float, count: int, repeats: int = 500) -> float:
-    """Mean regret of training `count` random networks at the budget and keeping the best."""
-    reach = truth.within(budget_ms, LEAST_USED)
-    generator = torch.Generator().manual_seed(0)
-    found = 0.0
-    for _ in range(repeats):
-        drawn = [reach[i] for i in torch.randperm(len(reach), generator=generator)[:count]]
-        best = max(drawn, key=truth.validation.__getitem__)
-        found += truth.best(budget_ms) - truth.accuracy[best]
-    return found / repeats
+def plot(rows: pd.DataFrame, chance: float, path: Path) -> None:
+    """Each seed's mean regret, per method and rule, beside chance."""
+    import matplotlib.pyplot as plt
+
+    means = rows.groupby(["method", "rule", "seed"], sort=False).regret.mean().mul(100)
+    order = means.groupby(["method", "rule"]).mean().sort_values(ascending=False).index
+    figure, axes = plt.subplots(figsize=(9, 0.24 * len(order) + 1.2))
+    for place, pair in enumerate(order):
+        values = means[pair]
+        axes.plot(values, [place] * len(values), "o", color="#4477aa", alpha=0.5, markersize=4)
+        axes.plot(values.mean(), place, "|", color="#aa3377", markersize=11, markeredgewidth=2)
+    axes.axvline(chance, color="#777777", linestyle="--", linewidth=1)
+    axes.text(chance, len(order), " a random network", color="#777777", va="top", fontsize=8)
+    axes.set_yticks(range(len(order)), [f"{method}: {rule}" for method, rule in order], fontsize=7)
+    axes.set_xlabel("regret, points of accuracy (dots: seeds, bar: their mean)")
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("search", "judge"))
+    parser.add_argument("cifar", type=Path, help="holds CIFAR-10's train.parquet and test.parquet")
+    parser.add_argument("work", type=Path, help="the searches; made where it is not there")
+    parser.add_argument("--part", default="0/1", help="this part of so many, from 0")
+    parser.add_argument("--methods", default=";".join(METHODS), help="some, parted by ;")
+    parser.add_argument("--truth", type=Path, default=HERE / "truth.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    study = Study(arguments.cifar, arguments.work)
+    methods = arguments.methods.split(";")
+    work = [(method, seed) for seed in SEEDS for method in methods]
+    if arguments.what == "search":
+        part, parts = map(int, arguments.part.split("/"))
+        for method, seed in work[part::parts]:
+            if not (study.folder(method, seed) / "seconds.json").is_file():
+                print(f"{method}, seed {seed}", flush=True)
+                study.search(method, seed)
+        return
+    truth = read_truth(arguments.truth, study.space, study.table)
+    rows, ranks = [], []
+    for method, seed in work:
+        file = study.folder(method, seed) / "seconds.json"
+        if file.is_file():
+            chosen, order = study.chosen(method, seed, truth)
+            rows += [{**row, "seconds": read_json(file)} for row in chosen]
+            ranks += order
+    table, order = pd.DataFrame(rows), pd.DataFrame(ranks)
+    table.to_csv(HERE / "study.csv", index=False, float_format="%.5g")
+    order.to_csv(HERE / "ranks.csv", index=False, float_format="%.4g")
+    report = words(study, table, order, truth)
+    (HERE / "study.md").write_text(report)
+    chance = [random_search(truth, budget_ms, 1) for budget_ms in study.budgets_ms]
+    plot(table, 100 * sum(chance) / len(chance), HERE / "study.png")
+    print(report)
 
 
 if __name__ == "__main__":
