@@ -23,6 +23,11 @@ from fbnas.training.images import Images
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8  # that data.workers=null starts for an accelerator
+FOR_THE_PARENT = tuple(  # the latter two are SLURM's, and not everywhere
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
 WORTH_SAYING = 0.05  # of an epoch: a shorter wait is not shown
 
 
@@ -173,8 +178,10 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     A worker ends with its pass; when its parent is killed it notices within 5 s.
     """
     os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the latter two are SLURM's
-        signal.signal(number, signal.SIG_IGN)
+    for number in FOR_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)  # drops what came since the fork, too
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's last resort
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_PARENT)
 
 
 def _started(loader: "DataLoader[Any]") -> Iterator[Any]:
@@ -184,7 +191,11 @@ def _started(loader: "DataLoader[Any]") -> Iterator[Any]:
     does, after at most 5 s.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    coming = iter(loader)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT)  # workers inherit handlers
+    try:
+        coming = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     return coming
