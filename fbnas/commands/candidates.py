@@ -53,10 +53,11 @@ def check_choice(config: Mapping[str, Any]) -> None:
             f"candidates={config['candidates']} for count={config['count']}; expected at least as "
             "many candidates as are written."
         )
-    if config["halving"]:
-        settings = TrainingSettings.from_dict(config["training"])
-        build_augmentation(**settings.augment)
+    settings = TrainingSettings.from_dict(config["training"])
+    if config["halving"] or config["rank"] == "shared_weights":
         choose_device(settings.device)
+    if config["halving"]:
+        build_augmentation(**settings.augment)
         if config["count"] < 2:
             raise InputError(
                 f"halving=true of count={config['count']}; expected at least 2 candidates to halve."
@@ -75,7 +76,7 @@ def ranked(
     """Return the `count` best of `candidates` networks by the shared weights.
 
     Args:
-        config: count, candidates, candidates_from and seed.
+        config: count, candidates, candidates_from, seed and training.device.
         source: folder of the search.
         theta: what the search learned.
         limits: costs and budgets, latency first.
@@ -84,7 +85,8 @@ def ranked(
     """
     supernet = read_supernet(source, theta.space, data.classes)
     split = _split(source)
-    screen = SharedWeightsJudge(supernet, data, **split, **SCREENING)
+    device = choose_device(config["training"]["device"])
+    screen = SharedWeightsJudge(supernet, data, **split, **SCREENING, device=device)
     if config["candidates_from"] == "evolution":
         population = -(-config["candidates"] // ROUNDS)
         found = evolve(
@@ -101,8 +103,8 @@ def ranked(
     places = max(FINALISTS, 4 * config["count"])
     if len(finalists) > places:
         finalists = [r.architecture for r in screen(finalists)[:places]]
-    first = rank_by_shared_weights(supernet, finalists, data, **split)[: config["count"]]
-    return [_noted(r) for r in first]
+    first = rank_by_shared_weights(supernet, finalists, data, **split, device=device)
+    return [_noted(r) for r in first[: config["count"]]]
 
 
 def _drawn(

@@ -256,6 +256,7 @@ def _candidates(chain: Chain, learned: Learned, limit_ms: float | None) -> list[
         chain.data,
         weights_fraction=chain.config["search"]["weights_fraction"],
         seed=chain.seed,
+        device=choose_device(chain.config["search"]["device"]),
     )
     return [r.architecture for r in ranked]
 

@@ -13,6 +13,7 @@ from fbnas.search import read_result, read_supernet
 from fbnas.space import Architecture, Network, SearchSpace, build_network, count, save_network
 from fbnas.training.evaluation import evaluate
 from fbnas.training.loop import TrainingResult, train
+from fbnas.training.reading import wait_words
 from fbnas.training.settings import TrainingSettings
 
 
@@ -82,7 +83,8 @@ def report_epoch(epochs: int, every: int = 1) -> Any:
         print(
             f"epoch {row['epoch'] + 1:3d}/{epochs} | loss {row['loss']:.3f} "
             f"acc {100 * row['accuracy']:5.1f} % | validation loss {row['validation_loss']:.3f} "
-            f"acc {100 * row['validation_accuracy']:5.1f} % | {row['seconds']:.1f} s",
+            f"acc {100 * row['validation_accuracy']:5.1f} % | {row['seconds']:.1f} s"
+            f"{wait_words(row)}",
             flush=True,
         )
 

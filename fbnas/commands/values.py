@@ -17,8 +17,9 @@ NUMBERS = (
     "data.resolution",
     "data.channels",
     "data.limit",
+    "data.workers",
 )  # null by default
-WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit")
+WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit", "data.workers")
 LISTS = {  # options that take one value or a list of them
     "search": (
         "table",
@@ -34,6 +35,8 @@ LEAST = {
     "classes": 1,
     "candidates": 1,
     "count": 1,
+    "data.device_mb": 0,
+    "data.workers": 0,
     "halving_epochs": 1,
     "networks": 0,
     "random": 0,
@@ -107,7 +110,9 @@ def _expected(key: str, value: Any, example: Any) -> str | None:
         whole = number and isinstance(value, int) and value >= least
         return None if whole else f"a whole number{from_least}"
     if key in WHOLE:
-        return None if number and isinstance(value, int) and value > 0 else "a whole number from 1"
+        least = LEAST.get(key, 1)
+        whole = number and isinstance(value, int) and value >= least
+        return None if whole else f"a whole number from {least}"
     if isinstance(example, float) or key in NUMBERS:
         return None if number else "a number"
     if isinstance(example, list | dict):

@@ -32,6 +32,7 @@ def state_of(loop: "Loop") -> dict[str, Any]:
         "position": [loop.epoch, loop.phase, loop.step],
         "sums": {part: summed(sums, loop.fabric) for part, sums in loop.sums.items()},
         "epoch_seconds": loop.epoch_seconds_before + time.monotonic() - loop.epoch_started,
+        "data_wait_seconds": loop.wait.seconds,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(loop.device) if loop.device.type == "cuda" else None,
         "scaler": _scaler_state(loop),
@@ -119,6 +120,7 @@ def _take_up(loop: "Loop", state: dict[str, Any]) -> None:
     for part, sums in state["sums"].items():  # those of all processes: the first goes on with them
         loop.sums[part] = sums.to(loop.device) * loop.first
     loop.epoch_seconds_before = state["epoch_seconds"]
+    loop.wait.seconds = state.get("data_wait_seconds", 0.0)  # older ones did not measure it
     torch.set_rng_state(state["rng"].cpu())
     if state["cuda_rng"] is not None and loop.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_rng"].cpu(), loop.device)

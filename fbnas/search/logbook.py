@@ -32,6 +32,7 @@ from fbnas.search.target import (
 )
 from fbnas.space.network import load_weights_
 from fbnas.space.search_space import SearchSpace
+from fbnas.training.reading import wait_words
 
 if TYPE_CHECKING:
     from fbnas.search.loop import Learner
@@ -50,6 +51,7 @@ def epoch_row(
     *,
     means: dict[str, tuple[float, float] | None],
     seconds: float,
+    data_wait_seconds: float,
 ) -> dict[str, Any]:
     """Describe an epoch, counted from 0, as plain JSON."""
     weights, theta = means["weights"], means["theta"]
@@ -64,6 +66,7 @@ def epoch_row(
         "theta_loss": theta and theta[0],
         "theta_accuracy": theta and theta[1],
         "seconds": seconds,
+        "data_wait_seconds": data_wait_seconds,
         "targets": [_target_row(objective, learner) for learner in learners],
     }
 
@@ -150,6 +153,7 @@ class Logbook:
             "lr",
             "theta_lr",
             "seconds",
+            "data_wait_seconds",
         ):
             if row[key] is not None:
                 self.writer.add_scalar(key, row[key], epoch)
@@ -185,7 +189,7 @@ def _console_line(row: dict[str, Any]) -> str:
         for target in row["targets"]:
             parts.append(_target_words(target))
         parts.append(f"tau {row['tau']:.2f}")
-    return " | ".join([*parts, f"{row['seconds']:.1f} s"])
+    return " | ".join([*parts, f"{row['seconds']:.1f} s{wait_words(row)}"])
 
 
 def _target_words(target: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from fbnas.training.processes import (
     summed,
     synchronise_bn_,
 )
+from fbnas.training.reading import Wait
 from fbnas.training.settings import choose_device
 from fbnas.training.state import TrainingDiverged
 from fbnas.training.task import CLASSIFICATION, Task
@@ -195,6 +196,7 @@ class Loop:
         self.history: list[dict[str, Any]] = []  # kept where no file keeps it
         self.epoch_started = self.last_save = time.monotonic()
         self.epoch_seconds_before = 0.0
+        self.wait = Wait()  # of the epoch, that before a resumption included
         self.advance: Callable[[int], None] = lambda steps: None
 
     @property
@@ -289,6 +291,7 @@ class Loop:
             drop_last=True,
             start=start,
             part=(self.fabric.global_rank, self.fabric.world_size),
+            wait=self.wait,
         )
 
     def steps(self, images: Images) -> int:
@@ -384,6 +387,7 @@ class Loop:
             self.learners,
             means=_means({part: summed(sums, self.fabric) for part, sums in self.sums.items()}),
             seconds=seconds,
+            data_wait_seconds=self.wait.seconds,
         )
         if self.out is None:
             self.history.append(row)
@@ -392,6 +396,7 @@ class Loop:
         self.epoch, self.phase, self.step = epoch + 1, "weights", 0
         self.sums = _no_sums(self.device)
         self.epoch_started, self.epoch_seconds_before = time.monotonic(), 0.0
+        self.wait = Wait()
         return row
 
     def watch_for_collapse(self, epoch: int) -> None:

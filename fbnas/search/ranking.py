@@ -38,6 +38,7 @@ def rank_by_shared_weights(
     seed: int = 0,
     calibration_images: int = 512,
     held_out_images: int = 2048,
+    device: str | torch.device | None = None,
 ) -> list[Ranked]:
     """Rank by cross-entropy on theta's part of the training images, best first.
 
@@ -50,6 +51,7 @@ def rank_by_shared_weights(
         seed=seed,
         calibration_images=calibration_images,
         held_out_images=held_out_images,
+        device=device,
     )
     return judge(architectures)
 
@@ -74,6 +76,7 @@ class SharedWeightsJudge:
         calibration_images: at most so many, for the statistics; 0 leaves the supernet's own, of a
             mixture of networks.
         held_out_images: at most so many, for cross-entropy and accuracy.
+        device: where images run through the copy; the supernet's own by default.
     """
 
     def __init__(
@@ -85,10 +88,12 @@ class SharedWeightsJudge:
         seed: int = 0,
         calibration_images: int = 512,
         held_out_images: int = 2048,
+        device: str | torch.device | None = None,
     ) -> None:
         self.supernet = deepcopy(supernet).requires_grad_(False).eval()
         # as the batches are: an eval step on CPU takes half the time so
-        self.supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = torch.device(device or next(supernet.parameters()).device)
+        self.supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data
         weights_images, theta_images = split_for_search(
             data.train, fraction=weights_fraction, seed=seed
@@ -125,11 +130,12 @@ class SharedWeightsJudge:
                     return part(features)
                 return _normalised(part, features, statistics[steps])
 
-            sums = torch.zeros(len(paths), 2, dtype=torch.double)  # of cross-entropy, right answers
+            # of cross-entropy and right answers; on the device, so that no network waits for them
+            sums = torch.zeros(len(paths), 2, dtype=torch.double, device=self.device)
             for images, labels in self._batches(self.held_out):
                 for row, scores in zip(sums, self._scores(paths, images, run), strict=True):
-                    row[0] += float(functional.cross_entropy(scores, labels, reduction="sum"))
-                    row[1] += int((scores.argmax(1) == labels).sum())
+                    row[0] += functional.cross_entropy(scores, labels, reduction="sum")
+                    row[1] += (scores.argmax(1) == labels).sum()
                     advance(1)
         for path, (loss, right) in zip(paths, (sums / len(self.held_out)).tolist(), strict=True):
             self.known[path] = (loss, right)
@@ -187,8 +193,7 @@ class SharedWeightsJudge:
         return mixed.branch(choice)
 
     def _batches(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-        device = next(self.supernet.parameters()).device
-        return batches(images, BATCH, mean=self.data.mean, std=self.data.std, device=device)
+        return batches(images, BATCH, mean=self.data.mean, std=self.data.std, device=self.device)
 
 
 def _estimated(part: nn.Module, features: Tensor) -> tuple[Tensor, list[Tensor]]:

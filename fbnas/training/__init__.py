@@ -6,6 +6,7 @@ from fbnas.training.halving import Halved, Trial, halve, planned
 from fbnas.training.images import Images, Subset, TensorImages
 from fbnas.training.interrupt import stop_on_signal
 from fbnas.training.loop import TrainingResult, train
+from fbnas.training.reading import Wait
 from fbnas.training.settings import TrainingSettings
 from fbnas.training.state import TrainingDiverged
 from fbnas.training.task import CLASSIFICATION, Task
@@ -22,6 +23,7 @@ __all__ = [
     "TrainingResult",
     "TrainingSettings",
     "Trial",
+    "Wait",
     "batches",
     "evaluate",
     "halve",

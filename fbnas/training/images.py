@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from fbnas.errors import InputError
 from fbnas.progress import progress
@@ -30,7 +31,14 @@ class Images(Protocol):
     def in_memory(self) -> bool:
         """Whether `batch` only copies memory, so that reading ahead gains nothing."""
 
+    @property
+    def workers(self) -> int | None:
+        """Processes that shall call `batch`; None: as the device of the training suggests."""
+
     def __len__(self) -> int: ...
+
+    def on(self, device: torch.device) -> "Images":
+        """Return the images as they are best read for `device`; `labels` tells where indices go."""
 
     def batch(self, indices: Tensor) -> Tensor:
         """Return the images at `indices` (b,) as (b, c, R, R) uint8."""
@@ -38,14 +46,31 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class TensorImages:
-    """Images held as one (n, c, R, R) uint8 tensor."""
+    """Images held as one (n, c, R, R) uint8 tensor.
+
+    `resident`: an accelerator takes them all at once and keeps them, instead of batch by batch.
+    """
 
     pixels: Tensor
     labels: Tensor
     in_memory: bool = True
+    workers: int | None = 0
+    resident: bool = True
+    _copies: dict[torch.device, "TensorImages"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @torch.inference_mode(False)  # training may use the copy that a ranking made
+    def on(self, device: torch.device) -> "TensorImages":
+        device = torch.empty(0, device=device).device  # cuda and cuda:0 are one
+        if not self.resident or device == self.pixels.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = TensorImages(self.pixels.to(device), self.labels.to(device))
+        return self._copies[device]
 
     def batch(self, indices: Tensor) -> Tensor:
         return self.pixels.index_select(0, indices)
@@ -66,8 +91,18 @@ class Subset:
     def in_memory(self) -> bool:
         return self.images.in_memory
 
+    @property
+    def workers(self) -> int | None:
+        return self.images.workers
+
     def __len__(self) -> int:
         return len(self.indices)
+
+    def on(self, device: torch.device) -> "Subset":
+        held = self.images.on(device)
+        if held is self.images:
+            return self
+        return Subset(held, self.indices.to(held.labels.device))
 
     def batch(self, indices: Tensor) -> Tensor:
         return self.images.batch(self.indices[indices])
@@ -75,7 +110,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images decoded by a pool of threads when asked for.
+    """Images decoded when asked for, by a pool of threads or in one of several worker processes.
 
     `open_image(i)` returns image i, not yet decoded; `where(i)` names it in errors. An image of
     another size is refused, or with `resize` scaled to cover R x R and cropped at the centre.
@@ -88,12 +123,18 @@ class FileImages:
     resolution: int = 0
     resize: bool = False
     in_memory: bool = False
+    workers: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def on(self, device: torch.device) -> "FileImages":
+        return self
+
     def batch(self, indices: Tensor) -> Tensor:
-        pixels = np.stack(list(_pool().map(self._decode, indices.tolist())))
+        in_worker = get_worker_info() is not None  # a fork, in which the pool has no threads
+        decoded = (map if in_worker else _pool().map)(self._decode, indices.tolist())
+        pixels = np.stack(list(decoded))
         return torch.from_numpy(pixels)
 
     def header(self, index: int) -> tuple[str, int, int]:

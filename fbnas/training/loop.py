@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fbnas.progress import progress
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, batches
 from fbnas.training.evaluation import evaluate, recalibrate_bn
+from fbnas.training.images import Subset
 from fbnas.training.interrupt import stop_on_signal
 from fbnas.training.schedules import cosine
 from fbnas.training.settings import TrainingSettings, choose_device
@@ -57,8 +57,8 @@ def train(
     `out` receives metrics.jsonl, checkpoint.pt (each epoch, and when interrupted) and tensorboard/.
     `resume` goes on from its checkpoint, if there is one, to exactly the numbers of an
     uninterrupted run. `on_epoch` is called with each new row of metrics: epoch, loss, accuracy,
-    validation_loss, validation_accuracy, lr, seconds. `task`: the loss and the metric; labels are
-    smoothed in classification alone.
+    validation_loss, validation_accuracy, lr, seconds, data_wait_seconds (of them, the steps' for
+    images). `task`: the loss and the metric; labels are smoothed in classification alone.
 
     Raises:
         TrainingDiverged: the loss is not finite; the last good checkpoint is left as it was.
@@ -101,6 +101,7 @@ def train(
                 augment=augment,
                 drop_last=True,
                 start=state.step,
+                wait=state.wait,
             ):
                 step = epoch * steps + state.step
                 lr = settings.lr * cosine(step, settings.epochs * steps, warmup=warmup)
@@ -131,6 +132,7 @@ def train(
                 "validation_accuracy": validation_accuracy,
                 "lr": lr,
                 "seconds": time.perf_counter() - started,
+                "data_wait_seconds": state.wait.seconds,
             }
             state.finish_epoch(row)
             write_metrics(row)
@@ -172,18 +174,17 @@ def _validate(
     0, 1, 2 at 10, 58, 90 % where fresh statistics put it at 68, 98, 99 %.
     """
     device = next(network.parameters()).device
+    whole_batches = -(-RECALIBRATION_IMAGES // settings.batch_size)
+    order = torch.randperm(len(data.train), generator=_order(0, 0))
     sample = batches(
-        data.train,
+        Subset(data.train, order[: whole_batches * settings.batch_size]),
         settings.batch_size,
-        generator=_order(0, 0),
         mean=data.mean,
         std=data.std,
         device=device,
         drop_last=True,
     )
-    recalibrate_bn(
-        network, network, islice(sample, -(-RECALIBRATION_IMAGES // settings.batch_size))
-    )
+    recalibrate_bn(network, network, sample)
     return evaluate(
         network,
         data.validation,

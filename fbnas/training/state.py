@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fbnas.errors import InputError
 from fbnas.files import append_jsonl, atomic_write, load_checkpoint, save_checkpoint
+from fbnas.training.reading import Wait
 
 
 class TrainingDiverged(InputError):  # noqa: N818 - it says what happened
@@ -64,6 +65,7 @@ class TrainingState:
         self.epoch = 0
         self.step = 0  # within the epoch
         self.seconds = 0.0  # spent on the unfinished epoch
+        self.wait = Wait()  # likewise
         device = next(network.parameters()).device
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
         self.history: list[dict[str, Any]] = []
@@ -79,6 +81,7 @@ class TrainingState:
             self.best_epoch = row["epoch"]
         self.history.append(row)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.wait = Wait()
         self.totals.zero_()
         self.save()
 
@@ -107,6 +110,7 @@ class TrainingState:
             "average_updates": self.average.updates,
             "position": [self.epoch, self.step],
             "seconds": self.seconds,
+            "data_wait_seconds": self.wait.seconds,
             "totals": self.totals,
             "history": self.history,
             "best": self.best,
@@ -139,6 +143,7 @@ class TrainingState:
         self.average.updates = stored["average_updates"]
         self.epoch, self.step = stored["position"]
         self.seconds = stored["seconds"]
+        self.wait = Wait(stored.get("data_wait_seconds", 0.0))  # older ones did not measure it
         self.totals.copy_(stored["totals"])
         self.history, self.best = stored["history"], stored["best"]
         self.best_epoch = stored["best_epoch"]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_run import write_space, write_table
 
 from fbnas.commands import main
 from fbnas.files import read_json
-from fbnas.search import rank_by_shared_weights, read_result, read_supernet
+from fbnas.search import SharedWeightsJudge, rank_by_shared_weights, read_result, read_supernet
 from fbnas.space import Architecture
 from fbnas.training.data import load_data
 
@@ -88,6 +89,20 @@ def test_candidates_of_theta_are_the_most_probable_and_draws() -> None:
     assert {tuple(x["blocks"]) for x in written("d")} == likely
 
 
+def test_the_ranking_runs_on_the_device_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.device] = []
+    judge = SharedWeightsJudge.__init__
+
+    def note(self: Any, *arguments: Any, device: Any, **options: Any) -> None:
+        used.append(device)
+        judge(self, *arguments, device=device, **options)
+
+    monkeypatch.setattr(SharedWeightsJudge, "__init__", note)
+    ranking = ["sample", "run=s", *SHARED, "count=3", "candidates=3", "training.device=cpu"]
+    assert main([*ranking, "out=a"]) == 0
+    assert used == [torch.device("cpu")] * 2  # the screening and the final ranking
+
+
 def test_halving_keeps_the_best_by_validation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "run=s", *HALVING]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rung")]
@@ -150,6 +165,7 @@ def test_halving_is_interrupted_and_resumed_to_the_same_result() -> None:
         ("halving=true training.lr=0", "lr is 0; expected more than 0"),
         ("halving=true resume=true", "holds nothing to resume"),
         ("rank=shared_weights data=image_folder data.path=nowhere", "nowhere: no such folder"),
+        ("rank=shared_weights training.device=nowhere", "device nowhere cannot be used"),
     ],
 )
 def test_bad_input(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,10 @@ def test_calibration_sees_seeded_training_images_and_no_others(
 
     class Watched:
         labels = trained.data.train.labels
-        in_memory = True
+        in_memory, workers = True, 0
+
+        def on(self, device: torch.device) -> Images:
+            return self
 
         def __len__(self) -> int:
             return len(trained.data.train)
@@ -100,7 +103,10 @@ def test_calibration_sees_seeded_training_images_and_no_others(
 
     class Forbidden:
         labels = torch.zeros(1, dtype=torch.int64)
-        in_memory = True
+        in_memory, workers = True, 0
+
+        def on(self, device: torch.device) -> Images:
+            return self
 
         def __len__(self) -> int:
             return 1

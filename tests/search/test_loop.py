@@ -30,7 +30,7 @@ NO_MID_EPOCH = {"checkpoint_every_s": 300.0}
 
 
 def numbers(result: SearchResult) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in result.history]
 
 
 def parameters(net: torch.nn.Module) -> dict[str, Tensor]:

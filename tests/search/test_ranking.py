@@ -180,6 +180,16 @@ def test_who_was_judged_before_is_not_judged_again(
         judge([Architecture(("k3_e1",))])
 
 
+def test_the_device_is_where_the_copy_runs(lively: Supernet, data: Data) -> None:
+    few = {"calibration_images": 64, "held_out_images": 64}
+    elsewhere = SharedWeightsJudge(lively, data, **few, device="meta")
+    assert {p.device.type for p in elsewhere.supernet.parameters()} == {"meta"}
+    assert [x.device.type for x, _ in elsewhere._batches(elsewhere.held_out)] == ["meta"]
+    assert {p.device.type for p in lively.parameters()} == {"cpu"}
+    here = rank_by_shared_weights(lively, ALL[:3], data, **few, device="cpu")
+    assert here == rank_by_shared_weights(lively, ALL[:3], data, **few)
+
+
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Every batch that a ranking reads."""

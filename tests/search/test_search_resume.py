@@ -37,7 +37,7 @@ def position(out: Path) -> list[Any]:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in row.items() if key != "seconds"}
+        {key: value for key, value in row.items() if "seconds" not in key}
         for row in read_jsonl(out / "metrics.jsonl")
     ]
 
@@ -168,3 +168,18 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
         run(tmp_path, resume=True)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_the_wait_for_images_adds_up(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    start(out, f"SIGINT@{WEIGHTS_STEPS + 2}")
+    interrupted = load_checkpoint(out / "checkpoint.pt")
+    assert 0 < interrupted["data_wait_seconds"] < interrupted["epoch_seconds"]
+    save_checkpoint(out / "checkpoint.pt", {**interrupted, "data_wait_seconds": 1000.0})
+    run(out, resume=True)
+    waited = [row["data_wait_seconds"] for row in read_jsonl(out / "metrics.jsonl")]
+    assert waited[1] > 1000 > waited[0] + waited[2]
+    del interrupted["data_wait_seconds"]  # as an older fbnas wrote it
+    save_checkpoint(out / "checkpoint.pt", interrupted)
+    run(out, resume=True)
+    assert_same_run(out, whole)

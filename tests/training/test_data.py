@@ -158,6 +158,8 @@ def test_data_must_fit_the_space(two_classes: Path) -> None:
         ({"limit": 12}, "counted from 0.*split needs 2.*raise data.limit"),
         ({"limit": 5}, "after data.limit=5; raise it"),
         ({"channels": 2}, "data.channels is 2; expected 1"),
+        ({"workers": -1}, "data.workers is -1; expected a whole number from 0, or null"),
+        ({"device_mb": -1}, "data.device_mb is -1; expected 0 or more"),
         ({"test_fraction": 1.0}, "data.test_fraction is 1.0; expected"),
         ({"resize": True}, "expected data.resolution=PIXELS"),
         ({"resolution": 9}, r"digit \d+: the image is 8x8; expected 9x9.*data.resize=true"),

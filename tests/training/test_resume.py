@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_run import main
 
-from fbnas.files import load_checkpoint, read_jsonl
+from fbnas.files import load_checkpoint, read_jsonl, save_checkpoint
 
 SCRIPT = Path(__file__).with_name("training_run.py")
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def position(out: Path) -> list[int]:
 
 
 def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in row if key != "seconds"} for row in history]
+    return [{key: row[key] for key in row if "seconds" not in key} for row in history]
 
 
 def assert_equal(resumed: dict[str, Any], whole: dict[str, Any], out: Path) -> None:
@@ -86,3 +86,21 @@ def test_resuming_a_finished_run_returns_its_result(
     out, result = whole_run
     main(str(out), str(out.with_suffix(".pt")), "resume")
     assert_equal(torch.load(out.with_suffix(".pt"), weights_only=True), result, out)
+
+
+def test_the_wait_for_images_adds_up(
+    tmp_path: Path, whole_run: tuple[Path, dict[str, Any]]
+) -> None:
+    out = tmp_path / "run"
+    run(out, f"SIGINT@{STEPS + 2}")
+    interrupted = load_checkpoint(out / "checkpoint.pt")
+    assert 0 < interrupted["data_wait_seconds"] < interrupted["seconds"]
+    save_checkpoint(out / "checkpoint.pt", {**interrupted, "data_wait_seconds": 1000.0})
+    main(str(out), str(out.with_suffix(".pt")), "resume")
+    waited = [row["data_wait_seconds"] for row in read_jsonl(out / "metrics.jsonl")]
+    assert waited[1] > 1000 > waited[0] + waited[2]
+    del interrupted["data_wait_seconds"]  # as an older fbnas wrote it
+    save_checkpoint(out / "checkpoint.pt", interrupted)
+    main(str(out), str(out.with_suffix(".pt")), "resume")
+    resumed = torch.load(out.with_suffix(".pt"), weights_only=True)
+    assert_equal(resumed, whole_run[1], out)

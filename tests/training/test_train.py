@@ -26,7 +26,9 @@ from fbnas.training.loop import _optimizer
 from fbnas.training.state import Average
 
 SETTINGS = TrainingSettings(epochs=3, batch_size=32, ema=0.9, device="cpu")
-ROW = {"epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "lr", "seconds"}
+ROW = {"epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "lr", "seconds"} | {
+    "data_wait_seconds"
+}
 
 
 def no_test_images() -> TensorImages:
