@@ -185,8 +185,14 @@ class _Course:
                 out=folder,
                 resume=True,
             )
-        except TrainingDiverged as error:
-            log.warning("Candidate %02d is the last of rung %d: %s", number, rung, error)
+        except TrainingDiverged:
+            log.warning(
+                "Candidate %02d (%s) diverged, so it is the last of rung %d; a lower learning rate "
+                "(lr) might have helped it.",
+                number,
+                architecture,
+                rung,
+            )
             trial = Trial(number, rung, self._until(rung), None, None)
         else:
             best = result.history[result.best_epoch]

@@ -225,7 +225,7 @@ def test_who_diverges_is_the_last_of_its_rung(
     diverged = [x.architecture.blocks[0] for x in found if x.trials[-1].diverged]
     assert sorted(diverged) == lost
     for name in lost:
-        assert f"Candidate {1 + 'abcd'.index(name):02d} is the last of rung" in caplog.text
+        assert f"Candidate {1 + 'abcd'.index(name):02d} ({name}) diverged, so it" in caplog.text
     assert not list(tmp_path.rglob("checkpoint.pt"))
     assert again(resume=True) == found  # nothing is trained again: no end is left to tell
 
