@@ -19,19 +19,21 @@ import yaml
 from fbnas.errors import InputError
 
 CHECKPOINT_VERSION = 1
+PART = ".part"  # ends the names of files that are being written
 
 
 def write_through(path: Path | str, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it, then rename it over `path`.
 
-    A crash, a kill or a full disk leaves the previous file untouched.
+    A crash, a kill or a full disk leaves the previous file untouched. A kill leaves the temporary
+    file too: `remove_parts` takes it away.
 
     Raises:
         OSError: the folder cannot be written or the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -43,6 +45,17 @@ def write_through(path: Path | str, write: Callable[[IO[bytes]], Any]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is one that `write_through` had not finished."""
+    return path.name.startswith(".") and path.name.endswith(PART)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what killed writers left in a folder and those below; nobody may be writing there."""
+    for path in folder.rglob(f".*{PART}"):
+        path.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:

@@ -14,10 +14,12 @@ from fbnas.errors import InputError
 from fbnas.files import (
     append_jsonl,
     atomic_write,
+    is_part,
     load_checkpoint,
     read_json,
     read_jsonl,
     read_yaml,
+    remove_parts,
     save_checkpoint,
     write_json,
     write_through,
@@ -55,6 +57,21 @@ def full_disk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     )
     assert done.returncode == 1, done.stderr
     return path, done.stderr
+
+
+def test_what_a_killed_writer_left_is_taken_away(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "rung" / "a.json", "{}")
+    kept = tmp_path / ".mine.part.json"
+    kept.touch()
+    killed = "import os, sys; from fbnas.files import write_through as w; "
+    killed += "w(sys.argv[1], lambda file: os.kill(os.getpid(), 9))"
+    for name in ("b.json", "rung/a.json"):
+        subprocess.run([sys.executable, "-c", killed, str(tmp_path / name)], cwd=ROOT)
+    parts = [path for path in tmp_path.rglob("*") if is_part(path)]
+    assert len(parts) == 2
+    remove_parts(tmp_path)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert found == {".mine.part.json", "rung", "rung/a.json"}
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(full_disk: tuple[Path, str]) -> None:

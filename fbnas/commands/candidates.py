@@ -179,8 +179,7 @@ def halved(
                 halving_rungs=last.rung,
                 halving_epochs=last.epochs,
                 halving_init=config["init"],
-                validation_accuracy=round(last.validation_accuracy, 5),
-                validation_cross_entropy=round(last.validation_cross_entropy, 5),
+                **_outcome(last),
             )
     write_json(out / "halving.json", _record(config, found))
     return [each.architecture for each in found]
@@ -191,13 +190,25 @@ def candidates_before(out: Path) -> list[Architecture] | None:
     return planned(out)
 
 
+def _outcome(trial: Trial) -> dict[str, Any]:
+    """What an architecture's file says of its last trial."""
+    if trial.validation_accuracy is None or trial.validation_cross_entropy is None:
+        return {"halving_diverged": True}
+    return {
+        "validation_accuracy": round(trial.validation_accuracy, 5),
+        "validation_cross_entropy": round(trial.validation_cross_entropy, 5),
+    }
+
+
 def _say(trial: Trial, rungs: int) -> None:
-    print(
-        f"rung {trial.rung}/{rungs}, {trial.epochs} epochs, candidate {trial.candidate:02d}: "
-        f"validation accuracy {100 * trial.validation_accuracy:.2f} %, cross-entropy "
-        f"{trial.validation_cross_entropy:.4f}",
-        flush=True,
-    )
+    found = "diverged, the last of its rung"
+    if trial.validation_accuracy is not None:
+        found = (
+            f"validation accuracy {100 * trial.validation_accuracy:.2f} %, cross-entropy "
+            f"{trial.validation_cross_entropy:.4f}"
+        )
+    start = f"rung {trial.rung}/{rungs}, {trial.epochs} epochs"
+    print(f"{start}, candidate {trial.candidate:02d}: {found}", flush=True)
 
 
 def _record(config: Mapping[str, Any], found: Sequence[Halved]) -> dict[str, Any]:
@@ -216,6 +227,7 @@ def _record(config: Mapping[str, Any], found: Sequence[Halved]) -> dict[str, Any
                         "epochs": trial.epochs,
                         "validation_accuracy": trial.validation_accuracy,
                         "validation_cross_entropy": trial.validation_cross_entropy,
+                        "diverged": trial.diverged,
                     }
                     for trial in each.trials
                 ],

@@ -9,7 +9,7 @@ from typing import Any
 from fbnas import __version__
 from fbnas.commands.processes import is_first
 from fbnas.errors import InputError
-from fbnas.files import read_yaml, write_json, write_yaml
+from fbnas.files import is_part, read_yaml, remove_parts, write_json, write_yaml
 
 MAY_DIFFER = ("out", "overwrite", "resume", "command_line")  # between a run and its resumption
 INPUTS = ("table", "model", "architecture", "supernet", "run")
@@ -40,6 +40,7 @@ class OutFolder:
             empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            remove_parts(path)
             write_yaml(path / "config.yaml", dict(self.config))
         except OSError as error:
             raise InputError(
@@ -71,7 +72,7 @@ def check_out(config: Mapping[str, Any]) -> None:
     path, resume = Path(config["out"]), bool(config.get("resume", False))
     if path.exists() and not path.is_dir():
         raise InputError(f"out={path} is a file; expected a folder.")
-    if not path.is_dir() or not any(path.iterdir()):
+    if holds_nothing(path):
         if resume:
             raise InputError(
                 f"out={path} holds nothing to resume; expected the folder of an interrupted run: "
@@ -93,6 +94,11 @@ def check_out(config: Mapping[str, Any]) -> None:
             f"out={path} holds {state}; give another folder, resume=true to continue it where "
             "the command can, or overwrite=true to delete it."
         )
+
+
+def holds_nothing(path: Path) -> bool:
+    """Whether no folder is there, or one with nothing but what a kill left half-written."""
+    return not path.is_dir() or all(is_part(entry) for entry in path.iterdir())
 
 
 def empty(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 OPTIONS = ("devices", "num_nodes", "precision")
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # as torchrun, srun and Fabric itself tell them
+FIRST_PID = "FBNAS_FIRST_PID"  # how the first process tells its number to those that it starts
+WATCH_S = 1.0
 
 
 def is_first() -> bool:
@@ -48,6 +52,8 @@ def fabric_of(config: Mapping[str, Any], device: str) -> "Fabric":
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     several = devices * nodes > 1
+    if several:
+        end_with_the_first()
     where = [kind.index] if kind.index is not None and not several else devices
     fabric = Fabric(
         accelerator=kind.type,
@@ -58,6 +64,25 @@ def fabric_of(config: Mapping[str, Any], device: str) -> "Fabric":
     )
     fabric.launch()
     return fabric
+
+
+def end_with_the_first() -> None:
+    """Let no process that the first one starts outlive it.
+
+    One that waits for the others to appear would wait half an hour for a first that was killed.
+    What torchrun or srun started is theirs to end.
+    """
+    if is_first():
+        os.environ[FIRST_PID] = str(os.getpid())
+    elif FIRST_PID in os.environ:
+        first = int(os.environ[FIRST_PID])
+        threading.Thread(target=_outlive_not, args=(first,), daemon=True).start()
+
+
+def _outlive_not(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(1)  # the main thread may wait in C++, where no exception reaches it; it writes nothing
 
 
 def check_fabric(config: Mapping[str, Any]) -> tuple[Any, int, int]:

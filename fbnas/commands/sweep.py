@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString, Transformer
 
 from fbnas.commands.composition import GROUPS, compose, parse, split
-from fbnas.commands.folder import WRITTEN, check_out
+from fbnas.commands.folder import WRITTEN, check_out, holds_nothing
 from fbnas.commands.jobs import JOBS_FILE, LOGS, Job
 from fbnas.errors import InputError
 from fbnas.files import read_json
@@ -45,8 +45,7 @@ class Sweep:
         """
         _check_root(self)
         for job, config in zip(self.jobs, self.configs, strict=True):
-            empty = not job.folder.is_dir() or not any(job.folder.iterdir())
-            resume = self.resume and not empty
+            resume = self.resume and not holds_nothing(job.folder)
             check_out({**config, "resume": resume, "overwrite": self.overwrite})
 
 
@@ -225,7 +224,7 @@ def _check_root(sweep: Sweep) -> None:
                 f"out={root} holds a multirun; give another folder, resume=true to keep its "
                 "finished jobs and continue the others, or overwrite=true to do all again."
             )
-    elif root.is_dir() and any(root.iterdir()):
+    elif not holds_nothing(root):
         raise InputError(
             f"out={root} holds no multirun but other files; expected a new or empty folder."
         )

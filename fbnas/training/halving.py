@@ -1,5 +1,7 @@
 """Successive halving: several candidates trained a little, the better half a little more."""
 
+import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,24 +18,34 @@ from fbnas.space.network import load_weights_, save_weights
 from fbnas.training.data import Data
 from fbnas.training.loop import train
 from fbnas.training.settings import TrainingSettings
+from fbnas.training.state import TrainingDiverged
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Trial:
     """What a candidate came to in a rung; `candidate` and `rung` count from 1.
 
-    epochs: trained in all, the rungs before included.
+    epochs: trained in all, the rungs before included; a training that diverged ended before.
+    validation_accuracy, validation_cross_entropy: None where it diverged.
     """
 
     candidate: int
     rung: int
     epochs: int
-    validation_accuracy: float
-    validation_cross_entropy: float
+    validation_accuracy: float | None
+    validation_cross_entropy: float | None
+
+    @property
+    def diverged(self) -> bool:
+        return self.validation_accuracy is None
 
     @property
     def rank(self) -> tuple[float, float]:
         """Smaller is better: by accuracy, and by cross-entropy (nats) where that is equal."""
+        if self.validation_accuracy is None or self.validation_cross_entropy is None:
+            return math.inf, math.inf
         return -self.validation_accuracy, self.validation_cross_entropy
 
 
@@ -65,6 +77,7 @@ def halve(
     cooled down.
     n = 2^R candidates take n * `epochs` * (R + 1) / 2 epochs together, instead of the
     n * `epochs` * 2^(R - 1) of training all as long as the last two. `data.test` is never read.
+    A candidate whose training diverges is the last of its rung and trained no further.
     Source: Jamieson & Talwalkar 2016 (arXiv 1502.07943), with half of each rung kept.
 
     Args:
@@ -79,7 +92,8 @@ def halve(
         on_trial: called with each trial and the number of rungs, also with those read back.
 
     Raises:
-        InputError: nothing to train, another plan than the one in `out`, or training diverged.
+        InputError: nothing to train, or another plan than the one in `out`.
+        TrainingDiverged: the training of every candidate of a rung did.
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint of the current step was written.
     """
     if not architectures or epochs < 1:
@@ -98,8 +112,16 @@ def halve(
             if on_trial:
                 on_trial(trial, rungs)
         survivors.sort(key=lambda number: trials[number][-1].rank)
-        kept = len(survivors) // 2
+        sound = sum(not trials[number][-1].diverged for number in survivors)
+        if not sound:
+            raise TrainingDiverged(
+                f"All {len(survivors)} candidates of rung {rung} diverged; expected losses that "
+                "fall. Start again with a lower learning rate (lr)."
+            )
+        kept = min(len(survivors) // 2, sound)
         survivors, losers = survivors[:kept], survivors[kept:] + losers
+        if kept == 1:
+            break
     return [Halved(architectures[n - 1], tuple(trials[n])) for n in survivors + losers]
 
 
@@ -154,25 +176,32 @@ class _Course:
         network = self.build(architecture)
         if rung > 1:
             load_weights_(network, self._folder(number, rung - 1) / "weights.safetensors")
-        result = train(
-            network,
-            self.data,
-            settings=replace(self.settings, epochs=self._until(rung) - self._until(rung - 1)),
-            seed=self.seed + rung - 1,  # or the images would come in the same order again
-            out=folder,
-            resume=True,
-        )
-        best = result.history[result.best_epoch]
-        trial = Trial(
-            number,
-            rung,
-            self._until(rung),
-            best["validation_accuracy"],
-            best["validation_loss"],
-        )
-        save_weights(result.network, folder / "weights.safetensors")
+        try:
+            result = train(
+                network,
+                self.data,
+                settings=replace(self.settings, epochs=self._until(rung) - self._until(rung - 1)),
+                seed=self.seed + rung - 1,  # or the images would come in the same order again
+                out=folder,
+                resume=True,
+            )
+        except TrainingDiverged:
+            log.warning(
+                "Candidate %02d (%s) diverged, so it is the last of rung %d; a lower learning rate "
+                "(lr) might have helped it.",
+                number,
+                architecture,
+                rung,
+            )
+            trial = Trial(number, rung, self._until(rung), None, None)
+        else:
+            best = result.history[result.best_epoch]
+            accuracy, loss = best["validation_accuracy"], best["validation_loss"]
+            trial = Trial(number, rung, self._until(rung), accuracy, loss)
+            save_weights(result.network, folder / "weights.safetensors")
         write_json(record, asdict(trial))
-        (folder / "checkpoint.pt").unlink()  # four times the weights, and of no more use
+        # four times the weights, and of no more use; none where the first epoch diverged
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
         return trial
 
     def _until(self, rung: int) -> int:

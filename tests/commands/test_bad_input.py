@@ -243,6 +243,18 @@ def test_an_out_folder_with_other_files_is_left_alone(refused: Callable[..., str
     assert [file.name for file in Path("photos").iterdir()] == ["cat.txt"]
 
 
+def test_an_out_folder_that_a_kill_left_at_its_first_file_is_as_none(
+    refused: Callable[..., str],
+) -> None:
+    Path("out").mkdir()
+    Path("out/.config.yaml.x7.part").touch()
+    count = ["count", "architecture=a.yaml", "space=tiny.yaml", "out=out"]
+    assert "holds nothing to resume" in refused(*SEARCH, "resume=true")
+    assert main(count) == 0
+    assert not Path("out/.config.yaml.x7.part").exists()
+    assert "holds a finished run" in refused(*count)
+
+
 def test_an_out_folder_that_holds_a_run(refused: Callable[..., str]) -> None:
     assert main(["export", "model=network", "out=out"]) == 0
     before = Path("out/result.json").read_text()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -51,6 +52,19 @@ def test_two_processes_torchrun_and_one_find_the_same(stand: Path) -> None:
     assert logits("two") == pytest.approx(logits("one"), abs=1e-3)
     assert logits("elastic") == logits("two")
     assert Path("two", "result.json").is_file()
+
+
+def test_no_process_outlives_a_first_that_is_killed_at_the_start(stand: Path) -> None:
+    command = [FBNAS, *search("two", "fabric.devices=2")]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as first:
+        assert first.stderr
+        while "GLOBAL_RANK: 0" not in first.stderr.readline():  # the other has just been started
+            assert first.poll() is None
+        first.kill()
+        first.communicate(timeout=60)  # until nobody holds the pipes
+    assert not Path("two", "checkpoint.pt").exists()
+    again = start([*command, "resume=true"])
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_search_on_two_processes_that_is_refused_says_so_once(stand: Path) -> None:

@@ -17,6 +17,7 @@ from fbnas.commands import main
 from fbnas.files import read_json
 from fbnas.search import SharedWeightsJudge, rank_by_shared_weights, read_result, read_supernet
 from fbnas.space import Architecture
+from fbnas.training import TrainingDiverged, halving, train
 from fbnas.training.data import load_data
 
 HERE = Path(__file__).parent
@@ -130,6 +131,33 @@ def test_halving_keeps_the_best_by_validation(capsys: pytest.CaptureFixture[str]
     assert "resume=true to continue it" in capsys.readouterr().err
     train = ["train", "architecture=s/halving/architectures/01.yaml", *DATA, "training.epochs=1"]
     assert main([*train, "out=t"]) == 0
+
+
+def test_a_candidate_that_diverges_loses_its_rung_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def diverge_first(*given: Any, out: Path, **options: Any) -> Any:
+        if out.name == "02":
+            raise TrainingDiverged("The loss is not a finite number in epoch 1.")
+        return train(*given, out=out, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(halving, "train", diverge_first)
+        assert main(["sample", "run=s", *HALVING]) == 0
+    shown = capsys.readouterr().out
+    assert "rung 1/2, 1 epochs, candidate 02: diverged, the last of its rung\n" in shown
+    assert "diverged, so it is the last of rung 1" in caplog.text
+    last = read_json(Path("s/halving/halving.json"))["candidates"][-1]
+    assert (last["candidate"], len(last["trials"])) == (2, 1)
+    assert last["trials"][0]["diverged"] is True
+    assert last["trials"][0]["validation_accuracy"] is None
+    found = written("s/halving")
+    assert [x.get("halving_diverged", False) for x in found] == [False, False, False, True]
+    assert "validation_accuracy" not in found[-1]
+    assert main(["sample", "run=s", *HALVING, "resume=true"]) == 0
+    assert written("s/halving") == found
 
 
 def test_halving_is_interrupted_and_resumed_to_the_same_result() -> None:

@@ -1,8 +1,8 @@
 """A real, tiny search; also in a process of its own: search_run.py OUT [OPTION ...].
 
 resume; plain: without augmentation; devices=N: on N processes; seed=N; watch: every process writes
-what it holds after each epoch beside OUT; SIGNAL@STEP: the signal hits the (first) process right
-after so many steps, so that no test depends on the time.
+what it holds after each epoch beside OUT; SIGNAL@STEP: the signal hits the first process, or that
+of strike=N, right after so many steps, so that no test depends on the time.
 """
 
 import os
@@ -149,7 +149,7 @@ def main(out: Path, options: list[str]) -> int:
     fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto")
     fabric.launch()
     for option in options:
-        if "@" in option and fabric.is_global_zero:
+        if "@" in option and fabric.global_rank == int(given.get("strike", 0)):
             name, step = option.split("@")
             hit_after(int(step), signal.Signals[name])
     if "watch" in options:

@@ -16,7 +16,16 @@ from torch import nn
 
 from fbnas.errors import InputError
 from fbnas.space import Architecture
-from fbnas.training import Halved, TrainingResult, Trial, halve, halving, planned, train
+from fbnas.training import (
+    Halved,
+    TrainingDiverged,
+    TrainingResult,
+    Trial,
+    halve,
+    halving,
+    planned,
+    train,
+)
 
 SCRIPT = Path(__file__).with_name("halving_run.py")
 ROOT = Path(__file__).parents[2]
@@ -103,9 +112,10 @@ def test_another_halving_is_not_continued(whole: tuple[Path, list[Halved]]) -> N
 
 
 def fake_training(
-    accuracies: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+    accuracies: dict[str, list[float | None]], monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[str, int, float]]:
-    """Training that ends as told; returns (who, epochs, first weight at the start) of each."""
+    """Training that ends as told, None: it diverges; returns (who, epochs, first weight at the
+    start) of each."""
     calls: list[tuple[str, int, float]] = []
 
     def fake(network: Any, *_: Any, settings: Any, out: Path, **__: Any) -> TrainingResult:
@@ -115,6 +125,8 @@ def fake_training(
         out.mkdir(parents=True)
         (out / "checkpoint.pt").touch()
         accuracy = accuracies[network.name].pop(0)
+        if accuracy is None:
+            raise TrainingDiverged("The loss is not a finite number in epoch 1.")
         row = {"validation_accuracy": accuracy, "validation_loss": 1 - accuracy}
         return TrainingResult(network, 0, accuracy, [row], 0.0)
 
@@ -176,6 +188,59 @@ def test_any_number_ends_at_one(
     assert len(found[0].trials) == rungs
     assert set(seen) == ({rungs} if rungs else set())
     assert len(calls) == sum(number // 2**rung for rung in range(rungs))
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"a": [0.4, 0.6], "b": [None], "c": [0.3, 0.7], "d": [0.2]}, "c2 a2 d1 b1"),
+        ({"a": [0.9, None], "b": [0.4], "c": [0.3], "d": [0.5, 0.1]}, "d2 a2 b1 c1"),
+        ({"a": [None], "b": [None], "c": [0.1], "d": [None]}, "c1 a1 b1 d1"),
+    ],
+    ids=["in rung 1", "in rung 2", "all but one"],
+)
+def test_who_diverges_is_the_last_of_its_rung(
+    ends: dict[str, list[float | None]],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lost = [name for name, accuracies in ends.items() if None in accuracies]
+    fake_training(ends, monkeypatch)
+
+    def again(resume: bool) -> list[Halved]:
+        return halve(
+            named("abcd"),
+            lambda a: Named(a.blocks[0]),
+            small_digits(),
+            out=tmp_path / "halved",
+            resume=resume,
+        )
+
+    found = again(resume=False)
+    names = [each.architecture.blocks[0] for each in found]
+    rungs = [len(each.trials) for each in found]
+    assert " ".join(f"{n}{r}" for n, r in zip(names, rungs, strict=True)) == expected
+    diverged = [x.architecture.blocks[0] for x in found if x.trials[-1].diverged]
+    assert sorted(diverged) == lost
+    for name in lost:
+        assert f"Candidate {1 + 'abcd'.index(name):02d} ({name}) diverged, so it" in caplog.text
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert again(resume=True) == found  # nothing is trained again: no end is left to tell
+
+
+def test_an_error_only_where_all_diverge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_training({"a": [None], "b": [None]}, monkeypatch)
+    for resume in (False, True):
+        with pytest.raises(TrainingDiverged, match="All 2 candidates of rung 1 diverged.* lower"):
+            halve(
+                named("ab"),
+                lambda a: Named(a.blocks[0]),
+                small_digits(),
+                out=tmp_path / "halved",
+                resume=resume,
+            )
 
 
 def test_starting_anew_forgets_what_was_there(
