@@ -19,9 +19,7 @@ from fbnas.space import Architecture, SearchSpace, build_network
 from fbnas.training import Data, TrainingSettings, evaluate, load_data, train
 
 HERE = Path(__file__).parent
-SETTINGS = TrainingSettings(
-    epochs=6, batch_size=64, ema=0.99, augment={"flip": True}, device="cpu"
-)
+SETTINGS = TrainingSettings(epochs=6, batch_size=64, ema=0.99, augment={"flip": True}, device="cpu")
 LIMIT = 4000  # training images, of which a fifth validates
 SEEDS = (0, 1, 2)
 COLUMNS = ("blocks", "seed", "accuracy", "validation_accuracy", "seconds")
