@@ -93,8 +93,10 @@ def exported(
         if not path.exists():
             torch.manual_seed(0)
             network = enliven_(build_network(space, architecture, data.classes))
+            partial = folder / f"partial{device.suffix}"  # a kill leaves no half a file
             with one_torch_thread():
-                export_file(network, path, device, card=card_for(space, architecture, data))
+                export_file(network, partial, device, card=card_for(space, architecture, data))
+            partial.replace(path)
         files.append(path)
     return files
 

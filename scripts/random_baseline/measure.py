@@ -394,8 +394,8 @@ def words(study: Study, networks: pd.DataFrame, result: pd.DataFrame) -> str:
         f"{100 * options.tolerance:.0f} % of the searched ones' middle when measured (noise floor "
         f"{100 * networks.noise_floor.max():.1f} %).",
         "",
-        "Accuracies on the 10,000 test images, %, mean ± deviation (number): of a searched network "
-        "over training seeds, of random ones over networks.",
+        f"Accuracies on the {len(study.data.test):,} test images, %, mean ± deviation (number): of "
+        "a searched network over training seeds, of random ones over networks.",
         "",
         "| chosen | search seed | searched | random: mean | random: best | "
         "searched - mean, points | random ones beaten | measured against the middle |",

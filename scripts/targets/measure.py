@@ -1,7 +1,7 @@
 """Does every network that a search selects use its budget, and does it take what was predicted?
 
     python scripts/targets/measure.py WORK CIFAR_FOLDER [--spaces quickstart,fbnet_cifar]
-        [--seeds 0,1,2] [--fractions 0.2,0.35,0.5,0.65,0.8] [--images 1000] [--epochs 8]
+        [--seeds 0,1,2] [--fractions 0.2,0.35,0.5,0.65,0.8] [--images 1000] [--epochs 16]
 
 One search per space and seed, with a target per fraction of the way from the fastest to the slowest
 network of this machine's table (ONNX Runtime, fp32, one thread). Each target's network is selected
@@ -245,8 +245,8 @@ def main() -> None:
     add("--networks", type=int, default=20, help="that a fresh table's correction is fitted on")
     add("--held-out", type=int, default=10, help="that judge it")
     add("--images", type=int, default=1000, help="of CIFAR-10, a fifth of them to validate")
-    add("--epochs", type=int, default=8, help="of a search in fbnet_cifar")
-    add("--batch", type=int, default=64, help="images a step in fbnet_cifar")
+    add("--epochs", type=int, default=16, help="of a search in fbnet_cifar")
+    add("--batch", type=int, default=16, help="images a step in fbnet_cifar")
     add("--quickstart-epochs", type=int, default=60, help="of a search in quickstart")
     add("--threads", type=int, default=2, help="of torch")
     add("--device", default="epyc", help="name of this machine")
