@@ -1,5 +1,6 @@
 """How well predictions of latency agree with measurements."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ class Agreement:
     """Predictions against measurements of the same networks.
 
     `bias`: mean of predicted / measured. `mean_error`: mean of |predicted / measured - 1|.
-    `spearman`, `kendall`: rank correlations, nan where all predictions are equal.
+    `spearman`, `kendall`: rank correlations, nan where all predictions are equal or only one is.
     """
 
     networks: int
@@ -19,9 +20,17 @@ class Agreement:
     spearman: float
     kendall: float
 
-    def as_dict(self) -> dict[str, float | int]:
-        """Return the form of an agreement in result.json."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Return the form of an agreement in result.json: null for what is not a number."""
+        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
+
+    def header(self) -> dict[str, str]:
+        """Return what a table's header says of it; of one network there is no order."""
+        ranks = {"calibration_spearman": f"{self.spearman:.4f}"}
+        return {
+            "calibration_error": f"{self.mean_error:.4f}",
+            **(ranks if math.isfinite(self.spearman) else {}),
+        }
 
     def __str__(self) -> str:
         return (

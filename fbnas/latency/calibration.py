@@ -90,7 +90,7 @@ class Calibration:
             "bias_before": self.before.bias,
             "error_before": self.before.mean_error,
             "error_after": self.after.mean_error,
-            "spearman": self.after.spearman,
+            "spearman": self.after.as_dict()["spearman"],
             "noise_floor": self.noise_floor,
             "drift": self.drift,
             "failures": list(self.failures),
@@ -275,8 +275,7 @@ def stated(calibration: Calibration, space: SearchSpace) -> dict[str, str]:
             f"{calibration.after.networks} others; before {calibration.before}; after "
             f"{calibration.after}; noise floor {100 * calibration.noise_floor:.1f} %"
         ),
-        "calibration_error": f"{calibration.after.mean_error:.4f}",
-        "calibration_spearman": f"{calibration.after.spearman:.4f}",
+        **calibration.after.header(),
         "calibration_noise_floor": f"{calibration.noise_floor:.4f}",
     }
 

@@ -41,13 +41,15 @@ def _additivity(table: LatencyTable) -> list[str]:
             f"blocks add up: fbnas calibrate table={table.path or 'FILE'} space="
             f"{(table.header.get('space', '') or 'NAME').split()[0]}"
         ]
-    if error is None or ranks is None:
+    if error is None:
         return []
     noise = float(table.header.get("calibration_noise_floor", "0"))
-    if float(error) > max(FAILING_ERROR, 2 * noise) or float(ranks) < FAILING_RANKS:
+    disordered = ranks is not None and float(ranks) < FAILING_RANKS
+    if float(error) > max(FAILING_ERROR, 2 * noise) or disordered:
+        order = "" if ranks is None else f", Spearman {float(ranks):.3f}"
         return [
             f"blocks do not add up on {table.device}: whole networks are predicted "
-            f"{100 * float(error):.1f} % off, Spearman {float(ranks):.3f} (noise floor "
-            f"{100 * noise:.1f} %), so measure candidates before you choose one"
+            f"{100 * float(error):.1f} % off{order} (noise floor {100 * noise:.1f} %), so measure "
+            "candidates before you choose one"
         ]
     return []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fbnas.latency.agreement import agreement
+from fbnas.latency.table_file import check_header
 
 
 def test_agreement_is_what_its_words_say() -> None:
@@ -28,6 +29,16 @@ def test_ranks_of_equal_predictions_are_unknown() -> None:
     found = agreement(np.array([2.0, 2.0]), np.array([1.0, 4.0]))
     assert math.isnan(found.spearman)
     assert found.mean_error == pytest.approx((1.0 + 0.5) / 2)
+
+
+def test_of_one_network_a_table_states_the_error_alone() -> None:
+    found = agreement(np.array([2.0]), np.array([1.6]))
+    assert found.header() == {"calibration_error": "0.2500"}
+    assert found.as_dict()["spearman"] is found.as_dict()["kendall"] is None
+    header = dict.fromkeys(("device", "runtime"), "x") | {"precision": "fp32", "noise_floor": "0"}
+    check_header({**header, "threads": "1", "batch": "1", **found.header()}, "table")
+    several = agreement(np.array([1.0, 2.0]), np.array([1.0, 2.0])).header()
+    assert several["calibration_spearman"] == "1.0000"
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (2, 3)])

@@ -47,6 +47,13 @@ def test_each_reason_is_said(header: dict[str, str], words: str) -> None:
         raise AssertionError(found)
 
 
+def test_an_error_is_said_without_ranks_too() -> None:
+    header = {key: value for key, value in GOOD.items() if key != "calibration_spearman"}
+    (found,) = doubts(LatencyTable({**header, "calibration_error": "0.2"}, []))
+    assert "20.0 % off (noise floor 1.0 %)" in found
+    assert doubts(LatencyTable(header, [])) == []
+
+
 def test_a_table_without_whole_networks_names_the_command() -> None:
     kept = {key: value for key, value in GOOD.items() if not key.startswith("calibration")}
     plain = LatencyTable(kept, [])
