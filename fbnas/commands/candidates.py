@@ -64,68 +64,79 @@ def check_choice(config: Mapping[str, Any]) -> None:
             )
 
 
-def ranked(
-    config: Mapping[str, Any],
+def ranked_by_shared_weights(
     source: Path,
     theta: ArchitectureDistribution,
     limits: Sequence[Limit],
     *,
+    count: int,
+    candidates: int,
+    candidates_from: str,
     best: Sequence[Architecture],
     data: Data,
+    weights_fraction: float,
+    seed: int,
+    split_seed: int | None = None,
+    device: torch.device,
 ) -> list[Architecture]:
     """Return the `count` best of `candidates` networks by the shared weights.
 
     Args:
-        config: count, candidates, candidates_from, seed and training.device.
         source: folder of the search.
         theta: what the search learned.
         limits: costs and budgets, latency first.
+        count: how many; fewer where fewer fit.
+        candidates: how many are ranked, all within the budgets.
+        candidates_from: one of `CHOICES`.
         best: the most probable networks within the budgets, candidates too if they are from theta.
         data: the search's.
+        weights_fraction: the search's.
+        seed: of the draws.
+        split_seed: the search's; by default `seed`.
+        device: where the images run through the shared weights.
     """
     supernet = read_supernet(source, theta.space, data.classes)
-    split = _split(source)
-    device = choose_device(config["training"]["device"])
+    split: dict[str, Any] = {
+        "weights_fraction": weights_fraction,
+        "seed": seed if split_seed is None else split_seed,
+    }
     screen = SharedWeightsJudge(supernet, data, **split, **SCREENING, device=device)
-    if config["candidates_from"] == "evolution":
-        population = -(-config["candidates"] // ROUNDS)
+    if candidates_from == "evolution":
         found = evolve(
             screen,
             limits,
             theta=theta,
-            population=population,
+            population=-(-candidates // ROUNDS),
             generations=ROUNDS - 1,
-            seed=config["seed"],
+            seed=seed,
         )
         finalists = [r.architecture for r in found]
     else:
-        finalists = _drawn(config, theta, limits, best)
-    places = max(FINALISTS, 4 * config["count"])
+        known = best if candidates_from == "theta" else []
+        finalists = _drawn(candidates, theta, limits, known, seed)
+    places = max(FINALISTS, 4 * count)
     if len(finalists) > places:
         finalists = [r.architecture for r in screen(finalists)[:places]]
     first = rank_by_shared_weights(supernet, finalists, data, **split, device=device)
-    return [_noted(r) for r in first[: config["count"]]]
+    return [_noted(r) for r in first[:count]]
 
 
 def _drawn(
-    config: Mapping[str, Any],
+    count: int,
     theta: ArchitectureDistribution,
     limits: Sequence[Limit],
     best: Sequence[Architecture],
+    seed: int,
 ) -> list[Architecture]:
-    """The most probable and draws from P_theta, or uniform draws, all within the budgets."""
-    generator = torch.Generator().manual_seed(config["seed"])
+    """`best` and draws from P_theta, or without any uniform draws, all within the budgets."""
+    generator = torch.Generator().manual_seed(seed)
     band = Band(limits, theta.offered)
-    if config["candidates_from"] == "random":
-        paths = draw_within(theta.offered.double(), band, config["candidates"], generator=generator)
+    if not best:
+        paths = draw_within(theta.offered.double(), band, count, generator=generator)
         return [theta.architecture(path, source="random within the budgets") for path in paths]
     known = [tuple(a.path(theta.space)) for a in best]
     paths = draw_within(
-        theta.probabilities(),
-        band,
-        config["candidates"] - len(best),
-        generator=generator,
-        known=known,
+        theta.probabilities(), band, count - len(best), generator=generator, known=known
     )
     return [
         *best,
@@ -139,13 +150,13 @@ def _noted(r: Ranked) -> Architecture:
     return r.architecture
 
 
-def _split(source: Path) -> dict[str, Any]:
+def split_of(source: Path) -> dict[str, Any]:
     """Return how the search split its images; a search inside a run has the run's configuration."""
     own = source / "config.yaml"
     searched = read_yaml(own if own.is_file() else source.parent / "config.yaml")
     return {
         "weights_fraction": searched["search"]["weights_fraction"],
-        "seed": searched.get("seed", 0),
+        "split_seed": searched.get("seed", 0),
     }
 
 

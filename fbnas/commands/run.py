@@ -5,7 +5,7 @@ run loses at most the step under way.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from fbnas.commands.budgets import (
     check_budgets,
     check_objective,
     kept_text,
+    predict_,
 )
+from fbnas.commands.candidates import CHOICES, ranked_by_shared_weights
 from fbnas.commands.compress import check_compression
 from fbnas.commands.evaluate import is_missed
 from fbnas.commands.folder import OutFolder
@@ -49,9 +51,7 @@ from fbnas.search import (
     build_objective,
     lowest_within,
     most_probable_within,
-    rank_by_shared_weights,
     read_result,
-    read_supernet,
     search,
 )
 from fbnas.space import Architecture, SearchSpace, build_network, save_network
@@ -129,12 +129,14 @@ def _check(config: dict[str, Any]) -> None:
             f"networks={config['networks']}; expected 0, for no correction of the table, or at "
             f"least {calibration.LEAST_NETWORKS}."
         )
-    for key, known in (
-        ("rank", ("shared_weights", "probability")),
-        ("init", ("scratch", "supernet")),
-    ):
+    for key, known in CHOICES.items():
         if config[key] not in known:
             raise unknown(key, config[key], known)
+    if config["rank"] == "shared_weights" and config["ranked"] < config["candidates"]:
+        raise InputError(
+            f"ranked={config['ranked']} for candidates={config['candidates']}; expected at least "
+            "as many are ranked as are measured."
+        )
 
 
 def headline(text: str) -> None:
@@ -198,9 +200,8 @@ def chosen_architecture(
 ) -> tuple[Architecture, list[dict[str, Any]]]:
     """Return the best candidate whose measured latency is within budget, and all that were tried.
 
-    Candidates are the most probable architectures that fit by the table. Where none fits when it
-    is measured, the table is that much too optimistic, and the next are asked to be that much
-    faster.
+    Candidates fit by the table. Where none fits when it is measured, the table is that much too
+    optimistic, and the next are asked to be that much faster.
     """
     folder = chain.folder / "architectures"
     record = folder / "candidates.json"
@@ -234,31 +235,39 @@ def chosen_architecture(
 
 
 def _candidates(chain: Chain, learned: Learned, limit_ms: float | None) -> list[Architecture]:
-    """The most probable architectures within the budgets, ordered by the rank asked for.
+    """The networks within the budgets that are worth measuring, the best by the rank first.
 
     `limit_ms` takes the place of the budget of latency.
     """
-    candidates = most_probable_within(
+    limits = (replace(learned.limits[0], budget=limit_ms), *learned.limits[1:])
+    probable = most_probable_within(
         learned.distribution.probabilities(),
         learned.latency_ms,
         budget_ms=limit_ms,
         base_ms=learned.base_ms,
         count=chain.config["candidates"],
         space=chain.space,
-        limits=learned.limits[1:],
+        limits=limits[1:],
         least_used=LEAST_USED,
     )
     if chain.config["rank"] == "probability":
-        return candidates
-    ranked = rank_by_shared_weights(
-        read_supernet(chain.folder / "search", chain.space, chain.data.classes),
-        candidates,
-        chain.data,
+        return probable
+    found = ranked_by_shared_weights(
+        chain.folder / "search",
+        learned.distribution,
+        limits,
+        count=chain.config["candidates"],
+        candidates=chain.config["ranked"],
+        candidates_from=chain.config["candidates_from"],
+        best=probable,
+        data=chain.data,
         weights_fraction=chain.config["search"]["weights_fraction"],
         seed=chain.seed,
         device=choose_device(chain.config["search"]["device"]),
     )
-    return [r.architecture for r in ranked]
+    for architecture in found:
+        predict_(chain.space, architecture, limits)
+    return found
 
 
 def _measure_candidates(

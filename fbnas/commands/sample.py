@@ -12,7 +12,13 @@ from fbnas.commands.budgets import (
     predicted_text,
     with_budgets,
 )
-from fbnas.commands.candidates import candidates_before, check_choice, halved, ranked
+from fbnas.commands.candidates import (
+    candidates_before,
+    check_choice,
+    halved,
+    ranked_by_shared_weights,
+    split_of,
+)
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import data_for, search_folder
 from fbnas.errors import InputError
@@ -27,6 +33,7 @@ from fbnas.search import (
 )
 from fbnas.space import Architecture, SearchSpace
 from fbnas.training.data import Data
+from fbnas.training.settings import choose_device
 
 
 def main(config: dict[str, Any]) -> int:
@@ -113,4 +120,16 @@ def _best(
     if config["rank"] == "probability":
         return best
     assert data is not None
-    return ranked(config, source, target.distribution, limits, best=best, data=data)
+    return ranked_by_shared_weights(
+        source,
+        target.distribution,
+        limits,
+        count=config["count"],
+        candidates=config["candidates"],
+        candidates_from=config["candidates_from"],
+        best=best,
+        data=data,
+        **split_of(source),
+        seed=config["seed"],
+        device=choose_device(config["training"]["device"]),
+    )

@@ -39,6 +39,7 @@ LEAST = {
     "data.workers": 0,
     "halving_epochs": 1,
     "networks": 0,
+    "ranked": 1,
     "random": 0,
     "seed": 0,
     "launcher.jobs": 1,
