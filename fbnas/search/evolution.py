@@ -77,7 +77,7 @@ def evolve(
             break
         source = f"evolution, generation {generation}"
         ranked += judge([theta.architecture(path, source=source) for path in children])
-        ranked.sort(key=lambda r: r.cross_entropy)
+        ranked.sort(key=lambda r: r.rank)
     return ranked
 
 

@@ -28,6 +28,11 @@ class Ranked:
     cross_entropy: float
     accuracy: float
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Smaller is better: by accuracy, and by cross-entropy where that is equal."""
+        return -self.accuracy, self.cross_entropy
+
 
 def rank_by_shared_weights(
     supernet: Supernet,
@@ -40,7 +45,7 @@ def rank_by_shared_weights(
     held_out_images: int = 2048,
     device: str | torch.device | None = None,
 ) -> list[Ranked]:
-    """Rank by cross-entropy on theta's part of the training images, best first.
+    """Rank by accuracy on theta's part of the training images, best first.
 
     `SharedWeightsJudge` says how; use it where more than one list is to be ranked.
     """
@@ -60,9 +65,10 @@ class SharedWeightsJudge:
     """Ranks architectures by the shared weights, and remembers those that it has judged.
 
     The statistics of batch normalisation in a supernet are those of a mixture, so each network's
-    own are estimated first, on the weights' part of the training images. What counts is the
-    cross-entropy on theta's part, because in a first trial it agreed with the accuracy of networks
-    trained alone, and shared-weights accuracy did not.
+    own are estimated first, on the weights' part of the training images. What counts is accuracy on
+    theta's part. Against the truth of 324 networks (scripts/ground_truth) its Kendall correlation
+    within a budget is 0.4 to 0.45, that of cross-entropy 0.15: longer networks are surer of
+    themselves, right or wrong.
 
     No network is built: images run through the shared blocks. What a block makes of them, and its
     statistics, depend only on the blocks before it, so what the beginnings of two architectures
@@ -116,7 +122,7 @@ class SharedWeightsJudge:
             Ranked(architecture, *self.known[path])
             for architecture, path in zip(architectures, paths, strict=True)
         ]
-        return sorted(ranked, key=lambda r: r.cross_entropy)
+        return sorted(ranked, key=lambda r: r.rank)
 
     @torch.inference_mode()
     def _judge(self, paths: Sequence[Path]) -> None:

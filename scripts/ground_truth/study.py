@@ -16,7 +16,6 @@ microcontroller (`device=roofline`), whose table is the same on every machine.
 import argparse
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from fbnas.latency.calibration import predict
 from fbnas.latency.roofline import Roofline
 from fbnas.search import (
     LEAST_USED,
-    Ranked,
     SearchSettings,
     SharedWeightsJudge,
     Target,
@@ -153,14 +151,7 @@ class Study:
         """Return a row per budget and rule, and a row per way in which shared weights rank."""
         out, classes = self.folder(method, seed), self.data.classes
         _, learned, _ = read_result(out)
-        supernet = read_supernet(out, self.space, classes)
-        ranked = {
-            bn: SharedWeightsJudge(supernet, self.data, seed=seed, calibration_images=images)(
-                all_architectures(self.space)
-            )
-            for bn, images in (("recalibrated", 512), ("the supernet's", 0))
-        }
-        scores = dict(_scores(ranked))
+        scores = self._scores(out, seed)
         who = {"method": method, "seed": seed}
         latency_ms, base_ms = self.table.tensor(self.space, classes=classes)
         rows, ranks = [], []
@@ -191,6 +182,30 @@ class Study:
         ranks += _ranks({**who, "within": "all"}, list(truth.accuracy), scores, truth)
         return rows, ranks
 
+    def _scores(self, out: Path, seed: int) -> dict[tuple[str, str], dict[str, float]]:
+        """What the shared weights make of every network, by what they judge and batch statistics.
+
+        More is better. Judged once, and kept beside the search.
+        """
+        file = out / "judged.json"
+        if not file.is_file():
+            supernet = read_supernet(out, self.space, self.data.classes)
+            found = {}
+            for bn, images in (("recalibrated", 512), ("of the supernet", 0)):
+                judge = SharedWeightsJudge(
+                    supernet, self.data, seed=seed, calibration_images=images
+                )
+                found[bn] = [
+                    (str(r.architecture), -r.cross_entropy, r.accuracy)
+                    for r in judge(all_architectures(self.space))
+                ]
+            write_json(file, found)
+        scores = {}
+        for bn, networks in read_json(file).items():
+            scores[bn, "cross-entropy"] = {name: loss for name, loss, _ in networks}
+            scores[bn, "accuracy"] = {name: accuracy for name, _, accuracy in networks}
+        return scores
+
     def _rules(
         self,
         probable: list[Architecture],
@@ -199,30 +214,22 @@ class Study:
         truth: Truth,
         seed: int,
     ) -> dict[str, str]:
-        best = scores["recalibrated", "cross-entropy"]
+        best = scores["recalibrated", "accuracy"]
         few = sorted(reach, key=best.__getitem__)[-FEW:]
         validation = truth.validation[seed % len(truth.validation)]
-        unadjusted = scores["the supernet's", "cross-entropy"]
         return {
             "most probable": str(probable[0]),
             f"best ranked of the {TOP} most probable": max(
                 map(str, probable), key=best.__getitem__
             ),
-            "best ranked of all in reach": max(reach, key=best.__getitem__),
-            "best ranked of all, by accuracy": max(
-                reach, key=scores["recalibrated", "accuracy"].__getitem__
-            ),
-            "best ranked of all, BN not recalibrated": max(reach, key=unadjusted.__getitem__),
-            f"{FEW} best ranked, trained": max(few, key=validation.__getitem__),
+            "best ranked of all": max(reach, key=best.__getitem__),
+            f"{FEW} best ranked of all, trained": max(few, key=validation.__getitem__),
+            **{
+                f"best of all by {by}, batch statistics {bn}": max(reach, key=score.__getitem__)
+                for (bn, by), score in scores.items()
+                if score is not best
+            },
         }
-
-
-def _scores(
-    ranked: dict[str, list[Ranked]],
-) -> Iterator[tuple[tuple[str, str], dict[str, float]]]:
-    for bn, networks in ranked.items():
-        yield (bn, "cross-entropy"), {str(r.architecture): -r.cross_entropy for r in networks}
-        yield (bn, "accuracy"), {str(r.architecture): r.accuracy for r in networks}
 
 
 def _ranks(
@@ -320,6 +327,7 @@ def plot(rows: pd.DataFrame, chance: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     means = rows.groupby(["method", "rule", "seed"], sort=False).regret.mean().mul(100)
+    means = means.sort_index()
     order = means.groupby(["method", "rule"]).mean().sort_values(ascending=False).index
     figure, axes = plt.subplots(figsize=(9, 0.24 * len(order) + 1.2))
     for place, pair in enumerate(order):

@@ -77,8 +77,8 @@ def test_candidates_of_theta_are_the_most_probable_and_draws() -> None:
     assert main(["sample", *given, "count=9", "out=a"]) == 0
     found = written("a")
     assert len(found) == 9
-    losses = [x["shared_weights_cross_entropy"] for x in found]
-    assert losses == sorted(losses)
+    ranks = [(-x["shared_weights_accuracy"], x["shared_weights_cross_entropy"]) for x in found]
+    assert ranks == sorted(ranks)
     assert all(x["predicted_latency_ms"] <= 8 for x in found)
     assert main(["sample", *given, "count=3", "out=b"]) == 0
     sources = [x["source"] for x in written("b")]

@@ -68,7 +68,7 @@ class Stub:
         paths = [tuple(a.path(SMALL)) for a in architectures]
         self.judged += paths
         ranked = [Ranked(a, self.of(p), 0.5) for a, p in zip(architectures, paths, strict=True)]
-        return sorted(ranked, key=lambda r: r.cross_entropy)
+        return sorted(ranked, key=lambda r: r.rank)
 
 
 def in_band(limits: Sequence[Limit], floor: float = 0.9) -> list[Path]:
@@ -176,7 +176,7 @@ def test_with_the_shared_weights_of_a_supernet() -> None:
     every = itertools.product(*(x.nonzero().flatten().tolist() for x in SPACE.offered))
     allowed = [Architecture.from_path(SPACE, list(p)) for p in every if band.holds(p)]
     assert {r.architecture for r in found} == set(allowed)
-    assert [r.cross_entropy for r in found] == [r.cross_entropy for r in judge(allowed)]
+    assert [r.rank for r in found] == [r.rank for r in judge(allowed)]
 
 
 @pytest.mark.parametrize("budgets", BUDGETS)
