@@ -35,7 +35,7 @@ def noisy(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "options",
     [{}, {"start": 1}, {"drop_last": True, "part": (1, 2)}, {"augment": noisy}, {"start": 9}],
-    ids=str,
+    ids=lambda options: "-".join(options) or "plain",
 )
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_no_bit(
