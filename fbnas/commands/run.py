@@ -239,7 +239,10 @@ def _candidates(chain: Chain, learned: Learned, limit_ms: float | None) -> list[
 
     `limit_ms` takes the place of the budget of latency.
     """
-    limits = (replace(learned.limits[0], budget=limit_ms), *learned.limits[1:])
+    latency, *others = learned.limits
+    if limit_ms is not None:
+        latency = replace(latency, budget=limit_ms)
+    limits = (latency, *others)
     probable = most_probable_within(
         learned.distribution.probabilities(),
         learned.latency_ms,
@@ -247,7 +250,7 @@ def _candidates(chain: Chain, learned: Learned, limit_ms: float | None) -> list[
         base_ms=learned.base_ms,
         count=chain.config["candidates"],
         space=chain.space,
-        limits=limits[1:],
+        limits=others,
         least_used=LEAST_USED,
     )
     if chain.config["rank"] == "probability":

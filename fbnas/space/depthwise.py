@@ -25,7 +25,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _is_slow(self, input: Tensor, weight: Tensor) -> bool:
         return (
-            torch.is_grad_enabled()
+            not torch.jit.is_tracing()
+            and not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
             and weight.requires_grad
             and weight.shape[-1] > FAST_COLUMNS
             and weight.shape[1] == 1 == weight.shape[0] // self.groups
@@ -38,8 +40,6 @@ class DepthwiseConv2d(nn.Conv2d):
             and input.shape[-1] > weight.shape[-1] // 2  # every part of the kernel meets the input
             and input.dtype == weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
-            and not torch.jit.is_tracing()
-            and not torch.compiler.is_compiling()
         )
 
 
