@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +53,16 @@ def finished_rounds(work: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def start(files: list[Path], work: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", LONG_JOB, str(files[0].parent), str(work), "200000"]
-    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    wait_for(lambda: finished_rounds(work) >= 3)
-    return parent
+@pytest.fixture
+def parent(files: list[Path], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that measures for longer than any test, three rounds into it."""
+    command = [sys.executable, "-c", LONG_JOB, str(files[0].parent), str(tmp_path), "200000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        try:
+            wait_for(lambda: finished_rounds(tmp_path) >= 3)
+            yield process
+        finally:
+            process.kill()
 
 
 def children(pid: int) -> list[int]:
@@ -102,9 +107,8 @@ def test_more_work_takes_longer(files: list[Path]) -> None:
 
 
 def test_a_killed_parent_takes_the_child_along_and_the_job_continues(
-    files: list[Path], tmp_path: Path
+    parent: subprocess.Popen[bytes], files: list[Path], tmp_path: Path
 ) -> None:
-    parent = start(files, tmp_path)
     (child,) = children(parent.pid)
     parent.kill()
     parent.wait()
@@ -119,8 +123,7 @@ def test_a_killed_parent_takes_the_child_along_and_the_job_continues(
     assert [json.loads(line)["round"] for line in after] == list(range(len(after)))
 
 
-def test_ctrl_c_ends_the_child(files: list[Path], tmp_path: Path) -> None:
-    parent = start(files, tmp_path)
+def test_ctrl_c_ends_the_child(parent: subprocess.Popen[bytes]) -> None:
     (child,) = children(parent.pid)
     parent.send_signal(signal.SIGINT)
     _, errors = parent.communicate(timeout=60)
@@ -128,8 +131,7 @@ def test_ctrl_c_ends_the_child(files: list[Path], tmp_path: Path) -> None:
     assert not runs(child)
 
 
-def test_a_killed_child_is_reported(files: list[Path], tmp_path: Path) -> None:
-    parent = start(files, tmp_path)
+def test_a_killed_child_is_reported(parent: subprocess.Popen[bytes]) -> None:
     os.kill(children(parent.pid)[0], signal.SIGKILL)
     _, errors = parent.communicate(timeout=60)
     assert "RuntimeError: the measuring process ended early (exit code -9)" in errors.decode()

@@ -240,12 +240,15 @@ def test_an_interrupted_profile_continues(space: SearchSpace, tmp_path: Path, bl
         arguments = [str(tmp_path / "space.yaml"), str(table), str(rounds)]
         return subprocess.Popen([sys.executable, "-c", PROFILE, *arguments], cwd=ROOT)
 
-    first = run(200000)
-    deadline = time.monotonic() + 90
-    while not (work / "timings.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.send_signal(blow)
-    assert first.wait(timeout=60) != 0
+    with run(200000) as first:
+        try:
+            deadline = time.monotonic() + 90
+            while not (work / "timings.jsonl").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            first.send_signal(blow)
+            assert first.wait(timeout=60) != 0
+        finally:
+            first.kill()
     assert not table.exists()
     models = {path: path.stat().st_mtime_ns for path in (work / "models").iterdir()}
     assert models
