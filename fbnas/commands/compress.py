@@ -1,20 +1,31 @@
-"""fbnas compress: channel pruning of a network, or int8 of its file."""
+"""fbnas compress: methods that make a network smaller or quicker, one after the other."""
 
-from dataclasses import fields, replace
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import check_class_names, data_for, data_of_file, network_folder
+from fbnas.commands.parts import (
+    check_class_names,
+    data_for,
+    data_of_file,
+    device_of,
+    network_folder,
+)
 from fbnas.commands.train import report_epoch
 from fbnas.compression import (
-    ChannelPruning,
+    METHODS,
     CompressionReport,
+    Method,
     StaticQuantization,
     compress_,
     quantize_file,
 )
-from fbnas.errors import check_known, unknown
+from fbnas.errors import InputError, check_known
 from fbnas.export import accuracy_of_file, export_onnx
 from fbnas.space import NetworkCard, count, load_network, save_network
 from fbnas.training.data import Data
@@ -22,73 +33,185 @@ from fbnas.training.evaluation import evaluate
 from fbnas.training.loop import train
 from fbnas.training.settings import TrainingSettings
 
-METHODS = ("channel_pruning", "int8")
+INT8 = "int8"  # of a file, so the last
+NAMES = (*METHODS, INT8)
 
 
 def main(config: dict[str, Any]) -> int:
-    if config["method"] not in METHODS:
-        raise unknown("method", config["method"], METHODS)
+    names = method_names(config["method"])
     check_compression(config)
-    return _prune(config) if config["method"] == "channel_pruning" else _quantize(config)
-
-
-def _prune(config: dict[str, Any]) -> int:
+    if names == [INT8]:
+        return _quantize(config)
     network, card = load_network(network_folder(config["model"]))
     data = data_for(config, card.space)
     check_class_names(data, card.class_names)
-    _, before = evaluate(network, data.validation, mean=card.mean, std=card.std)
+    before = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
     out = OutFolder(config)
-    report = prune_and_tune(network, card, data, config, out.folder, resume=out.resume)
-    _, accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)
-    print(f"parameters   {report.before.params:>12,} -> {report.after.params:,}")
-    print(f"multiply-adds {report.before.macs:>11,} -> {report.after.macs:,}")
-    print(f"validation accuracy {before:.4f} -> {report.trained.validation_accuracy:.4f}")
-    print(f"test accuracy {accuracy:.4f}")
-    out.finish(
-        method="channel_pruning",
-        params=report.after.params,
-        macs=report.after.macs,
-        params_before=report.before.params,
-        macs_before=report.before.macs,
-        accuracy_top1=accuracy,
-        validation_accuracy=report.trained.validation_accuracy,
-        validation_accuracy_before=before,
-        architecture=list(card.architecture.blocks),
+    methods = [build_method(name, config) for name in names if name != INT8]
+    measure = measuring(config, card, out.folder) if config["measure"] else None
+    report = compress_and_save(
+        network, card, data, config, out.folder, methods=methods, resume=out.resume, measure=measure
     )
+    accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
+    print_steps(report)
+    print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
+    quantized = _int8_file(config, out.folder, network, card, data) if INT8 in names else {}
+    first, last = report.before, report.after
+    fields = {
+        "method": names[0] if len(names) == 1 else names,
+        "params": last.params,
+        "macs": last.macs,
+        "params_before": first.params,
+        "macs_before": first.macs,
+        "accuracy_top1": accuracy,
+        "accuracy_top1_before": before,
+        "validation_accuracy": last.accuracy,
+        "validation_accuracy_before": first.accuracy,
+        "steps": [
+            {"method": x.method.NAME, "before": asdict(x.before), "after": asdict(x.after)}
+            for x in report.steps
+        ],
+        "architecture": list(card.architecture.blocks),
+    }
+    out.finish(**{**fields, **quantized})
     return 0
 
 
-def prune_and_tune(
+def method_names(given: Any) -> list[str]:
+    """Return the methods of `method=`: one, or several in their order, int8 the last.
+
+    Raises:
+        InputError: an unknown one, or int8 before another.
+    """
+    names = [str(name) for name in given] if isinstance(given, list) else [str(given)]
+    check_known("method", names, NAMES)
+    if not names or INT8 in names[:-1]:
+        raise InputError(
+            f"method={given}; expected one method or a list of several, int8 the last of them: it "
+            "makes a file, which nothing here compresses further."
+        )
+    return names
+
+
+def build_method(name: str, config: dict[str, Any]) -> Method:
+    """Build a method of its section of `compression`.
+
+    Raises:
+        InputError: an unknown option, or a value out of its range.
+    """
+    kind = METHODS[name]
+    options = config["compression"][kind.SECTION]
+    check_known(f"option of compression.{kind.SECTION}:", options, options_of(kind))
+    return kind(**options)
+
+
+def options_of(kind: Any) -> list[str]:
+    """Return the names of a method's options."""
+    return [field.name for field in fields(kind)]
+
+
+def compress_and_save(
     network: Any,
     card: NetworkCard,
     data: Data,
     config: dict[str, Any],
     folder: Path,
     *,
+    methods: Sequence[Method],
     resume: bool,
+    measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
 ) -> CompressionReport:
-    """Prune in place, fine-tune, and save the network into `folder`.
+    """Compress in place, fine-tuning as `compression.fine_tuning` says, and save the network.
+
+    The first training is kept in `folder`, others in its tuning_02 and so on: `resume` goes on
+    from them.
 
     Raises:
-        InputError: an unknown option of compression.pruning or compression.fine_tuning.
+        InputError: an unknown option of compression.
     """
-    settings = tuning(config)
-    report = compress_(
-        network,
-        pruning_of(config),
-        input_shape=card.input_shape,
-        train=lambda pruned: train(
-            pruned,
+    settings, trainings = tuning(config), 0
+
+    def tune(model: nn.Module) -> Any:
+        nonlocal trainings
+        trainings += 1
+        place = folder if trainings == 1 else folder / f"tuning_{trainings:02d}"
+        return train(
+            model,
             data,
             settings=settings,
             seed=config["seed"],
-            out=folder,
+            out=place,
             resume=resume,
             on_epoch=report_epoch(settings.epochs, every=5),
-        ),
+        )
+
+    report = compress_(
+        network,
+        methods,
+        input_shape=card.input_shape,
+        train=tune,
+        data=data,
+        measure=measure,
+        folder=folder,
+        seed=config["seed"],
     )
     save_network(folder, network, card)
     return report
+
+
+def measuring(
+    config: dict[str, Any], card: NetworkCard, folder: Path
+) -> Callable[[Sequence[nn.Module]], list[float]]:
+    """Return what times networks on the device of `device=`, against each other."""
+    device = device_of(config)
+
+    def measure(networks: Sequence[nn.Module]) -> list[float]:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            files = [Path(place) / f"{i:03d}{device.suffix}" for i in range(len(networks))]
+            for network, file in zip(networks, files, strict=True):
+                device.compile(network, card.input_shape, file)
+            found = device.measure_quietly(files, "Timing before and after", seed=config["seed"])
+        return [timing.latency_ms for timing in found.whole]
+
+    return measure
+
+
+def print_steps(report: CompressionReport) -> None:
+    """Print a row for the network as it was, and one per method."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("after")
+    for name in ("val. acc.", "params", "not zero", "M macs", "kB", "kB packed", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [("-", report.before), *((step.method.NAME, step.after) for step in report.steps)]
+    for name, found in rows:
+        table.add_row(
+            name,
+            "" if found.accuracy is None else f"{found.accuracy:.4f}",
+            f"{found.params:,}",
+            f"{found.nonzero:,}",
+            f"{found.macs / 1e6:.2f}",
+            f"{found.dense_bytes / 1e3:.0f}",
+            f"{found.stored_bytes / 1e3:.0f}",
+            "" if found.latency_ms is None else f"{found.latency_ms:.4g}",
+        )
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def _int8_file(
+    config: dict[str, Any], folder: Path, network: nn.Module, card: NetworkCard, data: Data
+) -> dict[str, Any]:
+    """Quantize the network's file; return what result.json says of it."""
+    source, target = folder / "fp32.onnx", folder / "model.onnx"
+    export_onnx(network, source, card=card)
+    report = quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
+    accuracy = accuracy_of_file(target, data.test, mean=card.mean, std=card.std)
+    print(f"{target}: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
+    print(f"test accuracy of the int8 file {accuracy:.4f}")
+    return {"model_bytes": report.bytes_after, "accuracy_top1": accuracy}
 
 
 def _quantize(config: dict[str, Any]) -> int:
@@ -132,8 +255,10 @@ def check_compression(config: dict[str, Any]) -> None:
         InputError: an unknown option, or a value out of its range.
     """
     options = config["compression"]
-    check_known("part of compression", options, ("pruning", "fine_tuning", "quantization"))
-    pruning_of(config)
+    sections = [kind.SECTION for kind in METHODS.values()]
+    check_known("part of compression", options, [*sections, "fine_tuning", "quantization"])
+    for name in METHODS:
+        build_method(name, config)
     quantization_of(config)
     tuning(config)
 
@@ -146,17 +271,8 @@ def tuning(config: dict[str, Any]) -> TrainingSettings:
     return replace(training, **options)
 
 
-def pruning_of(config: dict[str, Any]) -> ChannelPruning:
-    """Build the method of `compression.pruning`."""
-    options = config["compression"]["pruning"]
-    known = [field.name for field in fields(ChannelPruning)]
-    check_known("option of compression.pruning:", options, known)
-    return ChannelPruning(**options)
-
-
 def quantization_of(config: dict[str, Any]) -> StaticQuantization:
     """Build the method of `compression.quantization`."""
     options = config["compression"]["quantization"]
-    known = [field.name for field in fields(StaticQuantization)]
-    check_known("option of compression.quantization:", options, known)
+    check_known("option of compression.quantization:", options, options_of(StaticQuantization))
     return StaticQuantization(**options)

@@ -2,8 +2,6 @@
 
 import os
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,6 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 OPTIONS = ("devices", "num_nodes", "precision")
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # as torchrun, srun and Fabric itself tell them
 FIRST_PID = "FBNAS_FIRST_PID"  # how the first process tells its number to those that it starts
-WATCH_S = 1.0
 
 
 def is_first() -> bool:
@@ -72,17 +69,12 @@ def end_with_the_first() -> None:
     One that waits for the others to appear would wait half an hour for a first that was killed.
     What torchrun or srun started is theirs to end.
     """
+    from fbnas.training.interrupt import end_with
+
     if is_first():
         os.environ[FIRST_PID] = str(os.getpid())
     elif FIRST_PID in os.environ:
-        first = int(os.environ[FIRST_PID])
-        threading.Thread(target=_outlive_not, args=(first,), daemon=True).start()
-
-
-def _outlive_not(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCH_S)
-    os._exit(1)  # the main thread may wait in C++, where no exception reaches it; it writes nothing
+        end_with(int(os.environ[FIRST_PID]))
 
 
 def check_fabric(config: Mapping[str, Any]) -> tuple[Any, int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fbnas.commands.compress import prune_and_tune, quantization_of
+from fbnas.commands.compress import build_method, compress_and_save, quantization_of
 from fbnas.compression import calibration_images, quantize_file
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file
@@ -67,7 +67,10 @@ def stages_of(
 
     if not (folder / "pruned" / "network.yaml").is_file():
         network, card = load_network(folder / "train")
-        prune_and_tune(network, card, data, config, folder / "pruned", resume=resume)
+        pruning = [build_method("channel_pruning", config)]
+        compress_and_save(
+            network, card, data, config, folder / "pruned", methods=pruning, resume=resume
+        )
     pruned = _exported("pruned", "pruned", folder, data, device)
     judge.decide(pruned, best=fp32, trained=fp32)
     stages.append(pruned)

@@ -29,7 +29,8 @@ LISTS = {  # options that take one value or a list of them
         "max_params",
         "target_fraction",
         "targets",
-    )
+    ),
+    "compress": ("method",),
 }
 LEAST = {
     "classes": 1,

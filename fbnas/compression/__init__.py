@@ -1,12 +1,16 @@
 """Smaller and quicker networks: `compress_(model, method)`, one file per method."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fbnas.compression.pruning import ChannelPruning, ChannelSet, prune_
+from fbnas.compression.holding import held, shared, weighted
+from fbnas.compression.method import Applied, Method, Tools
+from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.quantization import (
     QuantizationReport,
     StaticQuantization,
@@ -16,65 +20,177 @@ from fbnas.compression.quantization import (
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
 
+if TYPE_CHECKING:
+    from fbnas.training.data import Data
+
 __all__ = [
+    "METHODS",
+    "Applied",
     "ChannelPruning",
     "ChannelSet",
     "CompressionReport",
+    "Facts",
+    "Method",
     "QuantizationReport",
     "StaticQuantization",
+    "Step",
+    "Tools",
     "calibration_images",
     "compress_",
+    "facts",
+    "held",
     "quantize_file",
+    "shared",
+    "weighted",
 ]
+
+METHODS: dict[str, type[Method]] = {method.NAME: method for method in (ChannelPruning,)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a network is at a point of its compression.
+
+    params, macs: by the rule of `count`. nonzero: weights of convolutions and linear layers that
+    are not zero. dense_bytes: all tensors as they are. stored_bytes: packed, as `pack` writes them.
+    accuracy: on the validation images, 0 to 1, None without data. latency_ms: on the device, None
+    where nothing measures it.
+    """
+
+    params: int
+    macs: int
+    nonzero: int
+    dense_bytes: int
+    stored_bytes: int
+    accuracy: float | None = None
+    latency_ms: float | None = None
+
+    @property
+    def count(self) -> Count:
+        """Parameters and multiply-adds."""
+        return Count(self.params, self.macs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method, the network before and after it, and what was done to each part."""
+
+    method: Method
+    before: Facts
+    after: Facts
+    changes: tuple[Any, ...]
+    trained: Any = None  # what `train` returned
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """Parameters and multiply-adds before and after, and what was done to each part."""
+    """A step per method, in order."""
 
-    before: Count
-    after: Count
-    changes: tuple[ChannelSet, ...]
-    trained: Any = None  # what `train` returned
+    steps: tuple[Step, ...]
 
+    @property
+    def before(self) -> Facts:
+        """The network before the first method."""
+        return self.steps[0].before
 
-HANDLERS: dict[type, Callable[..., tuple[ChannelSet, ...]]] = {ChannelPruning: prune_}
+    @property
+    def after(self) -> Facts:
+        """The network after the last method."""
+        return self.steps[-1].after
+
+    @property
+    def changes(self) -> tuple[Any, ...]:
+        """What the last method did to each part."""
+        return self.steps[-1].changes
+
+    @property
+    def trained(self) -> Any:
+        """What the training of the last method returned."""
+        return self.steps[-1].trained
 
 
 def compress_(
     model: nn.Module,
-    method: Any,
+    method: Method | Sequence[Method],
     *,
     input_shape: tuple[int, int, int] | None = None,
     train: Callable[[nn.Module], Any] | None = None,
+    data: "Data | None" = None,
+    measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
+    folder: Path | str | None = None,
+    seed: int = 0,
 ) -> CompressionReport:
-    """Compress a network in place; the type of `method` chooses how.
+    """Compress a network in place by one method, or by several in their order.
 
         compress_(network, ChannelPruning(ratio=0.25), train=tune)
+        compress_(network, [Sparsity(), WeightSharing()], train=tune, data=data)
 
     Args:
         input_shape: (c, h, w) of one image; a network of `build_network` knows its own.
-        train: fine-tunes the compressed network in place.
+        train: fine-tunes a network in place; methods call it as often as they need.
+        data: as of `load_data`: training images calibrate, validation images judge.
+        measure: latencies in milliseconds of networks on the device, timed against each other.
+        folder: for what a method leaves beside the network, such as a plot.
+        seed: of everything that is drawn.
 
     Raises:
-        InputError: no handler for this type of method, or no input shape.
+        InputError: no compression method, no input shape, or a method lacks what it needs.
     """
-    if isinstance(method, StaticQuantization):
-        raise InputError(
-            "StaticQuantization compresses an exported file, not a module; expected "
-            "export_onnx(network, FILE), then quantize_file(FILE, OUT, data)."
-        )
-    if type(method) not in HANDLERS:
-        known = ", ".join(handled.__name__ for handled in HANDLERS)
-        raise InputError(
-            f"Unknown compression method {type(method).__name__}. Known: {known}; "
-            "StaticQuantization goes to quantize_file."
-        )
-    if input_shape is None:
-        input_shape = getattr(model, "input_shape", None)
+    methods = [method] if not isinstance(method, Sequence) else list(method)
+    _check(methods)
+    input_shape = input_shape or getattr(model, "input_shape", None)
     if input_shape is None:
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
-    before = count(model, input_shape)
-    changes = HANDLERS[type(method)](model, method, input_shape=input_shape)
-    trained = train(model) if train is not None else None
-    return CompressionReport(before, count(model, input_shape), changes, trained)
+    place = None if folder is None else Path(folder)
+    tools = Tools(input_shape, train, data, measure, place, seed)
+    found, applied, snapshots = [facts(model, tools)], list[Applied](), [_copy(model, tools)]
+    for each in methods:
+        applied.append(each.apply_(model, tools))
+        found.append(facts(model, tools))
+        snapshots.append(_copy(model, tools))
+    if measure is not None:  # all against each other, not each at a time of its own
+        latencies = measure([copy for copy in snapshots if copy is not None])
+        found = [replace(x, latency_ms=ms) for x, ms in zip(found, latencies, strict=True)]
+    return CompressionReport(
+        tuple(
+            Step(each, before, after, done.changes, done.trained)
+            for each, before, after, done in zip(
+                methods, found[:-1], found[1:], applied, strict=True
+            )
+        )
+    )
+
+
+def facts(model: nn.Module, tools: Tools) -> Facts:
+    """Count, weigh and judge a network with what the tools have; its latency is not measured."""
+    counted = count(model, tools.input_shape)
+    dense = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    return Facts(
+        counted.params,
+        counted.macs,
+        nonzero=sum(int(module.weight.count_nonzero()) for module in weighted(model)),
+        dense_bytes=dense,
+        stored_bytes=dense,
+        accuracy=tools.accuracy(model) if tools.data is not None else None,
+    )
+
+
+def _copy(model: nn.Module, tools: Tools) -> nn.Module | None:
+    return deepcopy(model) if tools.measure is not None else None
+
+
+def _check(methods: Sequence[Any]) -> None:
+    if not methods:
+        raise InputError("compress_ got no method; expected one, or several in their order.")
+    for method in methods:
+        if isinstance(method, StaticQuantization):
+            raise InputError(
+                "StaticQuantization compresses an exported file, not a module; expected "
+                "export_onnx(network, FILE), then quantize_file(FILE, OUT, data)."
+            )
+        if not isinstance(method, Method):
+            known = ", ".join(known.__name__ for known in METHODS.values())
+            raise InputError(
+                f"Unknown compression method {type(method).__name__}. Known: {known}; "
+                "StaticQuantization goes to quantize_file."
+            )

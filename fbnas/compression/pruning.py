@@ -9,11 +9,12 @@ as one.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fbnas.compression.method import Applied, Method, Tools
 from fbnas.errors import InputError, unknown
 from fbnas.space.blocks import ChannelShuffle
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ChannelPruning:
+class ChannelPruning(Method):
     """Remove the least important channels.
 
     Args:
@@ -35,6 +36,9 @@ class ChannelPruning:
         max_ratio: with `global_`, no set of layers loses more than this fraction.
         seed: of the random importance.
     """
+
+    NAME: ClassVar[str] = "channel_pruning"
+    SECTION: ClassVar[str] = "pruning"
 
     ratio: float = 0.25
     importance: str = "magnitude"
@@ -51,6 +55,11 @@ class ChannelPruning:
             raise InputError(f"round_to is {self.round_to}; expected a whole number of at least 1.")
         if self.importance not in IMPORTANCES:
             raise unknown("importance", self.importance, IMPORTANCES)
+
+    def apply_(self, model: nn.Module, tools: Tools) -> Applied:
+        """Remove the channels, then fine-tune."""
+        changes = prune_(model, self, input_shape=tools.input_shape)
+        return Applied(changes, tools.tune(model))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
-"""Ctrl-C without losing work: a loop asks at every step boundary whether it should stop."""
+"""Ctrl-C without losing work, and processes that end with the one that needs them."""
 
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
 
 
 @contextmanager
@@ -47,3 +51,18 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
     if stopped:
         raise KeyboardInterrupt
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent, however that one ends.
+
+    Args:
+        parent: its id, as the parent itself knows it: it may be gone before this is called.
+    """
+    threading.Thread(target=_outlive_not, args=(parent,), daemon=True).start()
+
+
+def _outlive_not(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(1)  # the main thread may wait in C++, where no exception reaches it

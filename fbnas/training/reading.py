@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fbnas.errors import InputError
 from fbnas.training.images import Images
+from fbnas.training.interrupt import end_with
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def _by_processes(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=partial(_follow_the_parent, os.getpid()),
         multiprocessing_context="fork",  # images hold functions, which cannot be sent
         generator=torch.Generator(),  # or it would draw from the one that augmentation uses
     )
@@ -172,11 +173,13 @@ def _as_it_is(found: Any) -> Any:
     return found
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _follow_the_parent(parent: int, worker: int) -> None:
     """Live on when Ctrl-C or SIGTERM goes to the whole group: the parent still finishes its step.
 
-    A worker ends with its pass; when its parent is killed it notices within 5 s.
+    A worker ends with its pass, or when its parent was killed: torch's own watch for that misses a
+    parent that was gone before the watch began.
     """
+    end_with(parent)
     os.setpgrp()
     for number in FOR_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)  # drops what came since the fork, too

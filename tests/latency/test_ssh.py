@@ -256,7 +256,7 @@ def test_a_runner_that_outlived_its_link_is_ended(
         for pid in hung:
             os.kill(pid, signal.SIGKILL)
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
     numbers = [json.loads(line)["round"] for line in rounds_in(tmp_path).splitlines()]
     assert numbers == list(range(len(numbers)))
 
@@ -267,7 +267,7 @@ def test_a_killed_command_ends_the_runner_and_can_be_continued(
     process = start(server, files, tmp_path)
     assert runners_of(server)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     wait_for(lambda: not runners(server.temporary))
     kept = rounds_in(tmp_path)
     with (tmp_path / "timings.jsonl").open("ab") as timings:

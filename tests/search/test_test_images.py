@@ -23,7 +23,7 @@ from fbnas.training.data import Data, Images
 from fbnas.training.settings import TrainingSettings
 
 CHOICE = Architecture(("k3_e1", "k3_e3", "skip"), "tiny")
-CONFIG = {"seed": 0, "max_accuracy_drop": 1.0, "compression": {"quantization": {}}}
+CONFIG = {"seed": 0, "max_accuracy_drop": 1.0, "compression": {"pruning": {}, "quantization": {}}}
 
 
 def card(data: Data) -> NetworkCard:
@@ -121,7 +121,7 @@ def test_stages_look_once_all_is_decided(tmp_path: Path, monkeypatch: pytest.Mon
     def no_pruning(*_: Any, **__: Any) -> None:
         shutil.copytree(tmp_path / "train", tmp_path / "pruned")
 
-    monkeypatch.setattr(stages, "prune_and_tune", no_pruning)
+    monkeypatch.setattr(stages, "compress_and_save", no_pruning)
     device = Stopwatch(ratio=0.9)
     made = stages.stages_of(CONFIG, tmp_path, data, device, resume=False)
     assert [stage.name for stage in made] == ["fp32", "pruned", "int8"]

@@ -106,7 +106,7 @@ def reader(two_classes: Path) -> Any:
     )
     yield process
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)  # until nobody holds the pipes
 
 
 def alive(pid: int) -> bool:
@@ -114,6 +114,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def wait_for_the_end_of(*processes: int) -> None:
+    limit = time.monotonic() + 60
+    while any(map(alive, processes)) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not any(map(alive, processes))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -131,10 +138,23 @@ def test_workers_outlive_a_signal_to_all_and_no_pass(reader: Any, number: int) -
 def test_workers_do_not_outlive_a_killed_parent(reader: Any) -> None:
     workers = [int(pid) for pid in reader.stdout.readline().split()]
     reader.kill()
-    limit = time.monotonic() + 30
-    while any(map(alive, workers)) and time.monotonic() < limit:
-        time.sleep(0.1)
-    assert not any(map(alive, workers))
+    wait_for_the_end_of(*workers)
+
+
+def test_a_worker_whose_parent_was_gone_before_it_looked_ends(tmp_path: Path) -> None:
+    """As on a busy machine: the worker comes to its first instruction when the parent is dead."""
+    code = (
+        "import os, sys, time\n"
+        "from fbnas.training.reading import _follow_the_parent\n"
+        "parent = os.getpid()\n"
+        "if os.fork():\n    os._exit(0)\n"
+        "while os.getppid() == parent:\n    time.sleep(0.01)\n"
+        "print(os.getpid(), flush=True)\n"
+        "_follow_the_parent(parent, 0)\n"
+        "time.sleep(1000)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60).stdout
+    wait_for_the_end_of(int(said))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""What compression did to weights holds while they are trained on.
+
+It is read from the values: a weight that is exactly zero was pruned and stays zero; a tensor with
+few different values has shared weights, and each value is trained as one (Han et al. 2016, arXiv
+1510.00149, section 3: gradients are summed per cluster).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+MOST_SHARED = 256  # different values of a tensor of shared weights: an index is one byte
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Keep zeros zero and shared weights shared while the block trains the network in place."""
+    holding = []
+    for module in weighted(model):
+        found = shared(module.weight)
+        if found is not None:
+            parametrize.register_parametrization(module, "weight", _Shared(*found), unsafe=True)
+        elif bool((module.weight == 0).any()):
+            zero = _Masked((module.weight != 0).to(module.weight.dtype))
+            parametrize.register_parametrization(module, "weight", zero)
+        else:
+            continue
+        holding.append(module)
+    try:
+        yield
+    finally:
+        for module in holding:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def weighted(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+    """Return the convolutions and linear layers, whose weights are compressed, each once."""
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+def shared(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the values (k,) that a tensor's weights share and the index of each; None if not."""
+    values, indices = weight.detach().unique(return_inverse=True)
+    few = len(values) <= min(MOST_SHARED, weight.numel() // 2)
+    return (values, indices) if few else None
+
+
+class _Masked(nn.Module):
+    """A weight with its zeros."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+class _Shared(nn.Module):
+    """A weight as its values, which are what is trained, and their places; a zero stays zero."""
+
+    indices: Tensor
+    kept: Tensor
+
+    def __init__(self, values: Tensor, indices: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("kept", (values != 0).to(values.dtype), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values * self.kept)[self.indices]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        values = weight.new_zeros(len(self.kept))
+        return values.index_put_((self.indices.flatten(),), weight.detach().flatten())
