@@ -85,10 +85,10 @@ def method_names(given: Any) -> list[str]:
     """
     names = [str(name) for name in given] if isinstance(given, list) else [str(given)]
     check_known("method", names, NAMES)
-    if not names or INT8 in names[:-1]:
+    if not names or INT8 in names[:-1] or len(set(names)) < len(names):
         raise InputError(
-            f"method={given}; expected one method or a list of several, int8 the last of them: it "
-            "makes a file, which nothing here compresses further."
+            f"method={given}; expected one method or a list of different ones, int8 the last of "
+            "them: it makes a file, which nothing here compresses further."
         )
     return names
 
@@ -256,7 +256,11 @@ def check_compression(config: dict[str, Any]) -> None:
     """
     options = config["compression"]
     sections = [kind.SECTION for kind in METHODS.values()]
-    check_known("part of compression", options, [*sections, "fine_tuning", "quantization"])
+    check_known(
+        "part of compression", options, ["methods", *sections, "fine_tuning", "quantization"]
+    )
+    if options["methods"]:
+        method_names(options["methods"])
     for name in METHODS:
         build_method(name, config)
     quantization_of(config)

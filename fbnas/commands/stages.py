@@ -1,4 +1,5 @@
-"""The stages of a run: fp32, pruned, int8; each kept only if it is no slower and accurate enough.
+"""The stages of a run: fp32, then one per compression method; each is kept only if it is no slower
+and accurate enough.
 
 Decisions look at validation images; the test images are read once all are made.
 """
@@ -10,7 +11,13 @@ from typing import Any
 
 import torch
 
-from fbnas.commands.compress import build_method, compress_and_save, quantization_of
+from fbnas.commands.compress import (
+    INT8,
+    build_method,
+    compress_and_save,
+    method_names,
+    quantization_of,
+)
 from fbnas.compression import calibration_images, quantize_file
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file
@@ -22,6 +29,7 @@ from fbnas.space import Count, count, load_network
 from fbnas.training.data import Data, Subset, batches
 
 PARITY_IMAGES = 64
+STAGES = {"channel_pruning": "pruned"}  # others have the name of their method
 
 
 @dataclass
@@ -65,25 +73,39 @@ def stages_of(
     fp32.reason = "the trained network, always a candidate"
     stages = [fp32]
 
-    if not (folder / "pruned" / "network.yaml").is_file():
-        network, card = load_network(folder / "train")
-        pruning = [build_method("channel_pruning", config)]
-        compress_and_save(
-            network, card, data, config, folder / "pruned", methods=pruning, resume=resume
+    best = fp32
+    asked = config["compression"]["methods"]
+    for name in method_names(asked) if asked else ():
+        stage = (
+            _quantized(config, best, folder, data, device)
+            if name == INT8
+            else _compressed(name, best, judge, resume=resume)
         )
-    pruned = _exported("pruned", "pruned", folder, data, device)
-    judge.decide(pruned, best=fp32, trained=fp32)
-    stages.append(pruned)
-
-    best = pruned if pruned.accepted else fp32
-    int8 = _quantized(config, best, folder, data, device)
-    if int8 is not None:
-        judge.decide(int8, best=best, trained=fp32)
-        stages.append(int8)
+        if stage is not None:
+            judge.decide(stage, best=best, trained=fp32)
+            stages.append(stage)
+            best = stage if stage.accepted else best
 
     for stage in stages:  # all decisions are made: the first and only look at the test images
         stage.accuracy_top1 = _accuracy(stage.path, data, data.test, device)
     return stages
+
+
+def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage:
+    """Apply a method to the network of the best stage, and export what comes of it."""
+    stage = STAGES.get(name, name)
+    if not (run.folder / stage / "network.yaml").is_file():
+        network, card = load_network(run.folder / best.network)
+        compress_and_save(
+            network,
+            card,
+            run.data,
+            run.config,
+            run.folder / stage,
+            methods=[build_method(name, run.config)],
+            resume=resume,
+        )
+    return _exported(stage, stage, run.folder, run.data, run.device)
 
 
 @dataclass(frozen=True)

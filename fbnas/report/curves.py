@@ -52,7 +52,7 @@ def search_curves(search: Search) -> list[Figure]:
 
 def training_curves(part: str, rows: Rows) -> list[Figure]:
     """Loss and accuracy of one training by epoch; the epoch that was kept is marked."""
-    what = {"train": "training", "pruned": "fine-tuning after pruning"}[part]
+    what = "training" if part == "train" else f"fine-tuning of {part}"
     best = max(rows, key=lambda row: row["validation_accuracy"])
     kept = (
         f"Kept: epoch {best['epoch']}, {percent(best['validation_accuracy'])} on validation images."

@@ -63,7 +63,7 @@ class Run:
     config: str
     space: Space | None
     search: Search | None
-    training: dict[str, Rows]  # "train", "pruned": a row per epoch
+    training: dict[str, Rows]  # "train", then every stage that was fine-tuned: a row per epoch
     tables: tuple[Table, ...]
     choice: Choice | None = field(default=None)
 
@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Run:
         )
     search_folder = _folder_with(folder, "search", "targets")
     result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
-    training = _read_training(folder)
+    training = _read_training(folder, result)
     if not result and search_folder is None and not training:
         raise InputError(
             f"{folder}: holds no result.json and no metrics.jsonl of a search or training; "
@@ -195,9 +195,10 @@ def _read_search(folder: Path, space: Space | None) -> Search:
     return Search(metrics, tuple(theta["blocks"]), tuple(targets))
 
 
-def _read_training(folder: Path) -> dict[str, Rows]:
+def _read_training(folder: Path, result: dict[str, Any]) -> dict[str, Rows]:
     training = {}
-    for part in ("train", "pruned"):
+    networks = (stage.get("network") for stage in result.get("stages") or ())
+    for part in dict.fromkeys(("train", *(x for x in networks if x), "pruned")):
         if (folder / part / "metrics.jsonl").is_file():
             training[part] = _read_metrics(folder / part / "metrics.jsonl", TRAINING_KEYS)
     if not training and _folder_with(folder, ".", "validation_accuracy"):

@@ -23,7 +23,11 @@ from fbnas.training.data import Data, Images
 from fbnas.training.settings import TrainingSettings
 
 CHOICE = Architecture(("k3_e1", "k3_e3", "skip"), "tiny")
-CONFIG = {"seed": 0, "max_accuracy_drop": 1.0, "compression": {"pruning": {}, "quantization": {}}}
+CONFIG = {
+    "seed": 0,
+    "max_accuracy_drop": 1.0,
+    "compression": {"methods": ["channel_pruning", "int8"], "pruning": {}, "quantization": {}},
+}
 
 
 def card(data: Data) -> NetworkCard:
