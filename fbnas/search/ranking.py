@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbnas.progress import progress
+from fbnas.search.folding import Folded, folded, tracked
 from fbnas.search.supernet import MixedBlock, Path, Supernet
 from fbnas.space.architecture import Architecture
 from fbnas.training.data import Data, Images, Subset, batches, split_for_search
@@ -106,6 +106,7 @@ class SharedWeightsJudge:
         self.calibration = _some(weights_images, calibration_images, seed)
         self.held_out = _some(theta_images, held_out_images, seed)
         self.known: dict[Path, tuple[float, float]] = {}  # cross-entropy, accuracy
+        self.folded: dict[tuple[int, int], Folded] = {}  # by depth and choice
 
     def __call__(self, architectures: Sequence[Architecture]) -> list[Ranked]:
         """Return the architectures best first; those judged before cost nothing.
@@ -133,7 +134,10 @@ class SharedWeightsJudge:
             def run(steps: Path, part: nn.Module, features: Tensor) -> Tensor:
                 if statistics is None:
                     return part(features)
-                return _normalised(part, features, statistics[steps])
+                place = (len(steps), steps[-1])
+                if place not in self.folded:  # built once for all that come to it
+                    self.folded[place] = folded(part, features, statistics[steps])
+                return self.folded[place](features, statistics[steps])
 
             # of cross-entropy and right answers; on the device, so that no network waits for them
             sums = torch.zeros(len(paths), 2, dtype=torch.double, device=self.device)
@@ -208,17 +212,9 @@ def _estimated(part: nn.Module, features: Tensor) -> tuple[Tensor, list[Tensor]]
     return outputs[0], [buffer.clone() for buffer in _buffers(part)]
 
 
-def _normalised(part: nn.Module, features: Tensor, statistics: list[Tensor]) -> Tensor:
-    """Run a part in eval mode with the statistics given."""
-    for buffer, value in zip(_buffers(part), statistics, strict=True):
-        buffer.copy_(value)
-    return part(features)
-
-
 def _buffers(part: nn.Module) -> list[Tensor]:
     """Mean and variance of each batch normalisation in a part, in turn."""
-    layers = [m for m in part.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    return [x for m in layers for x in (m.running_mean, m.running_var) if x is not None]
+    return [x for m in tracked(part) for x in (m.running_mean, m.running_var) if x is not None]
 
 
 def _some(images: Images, limit: int, seed: int) -> Subset:
