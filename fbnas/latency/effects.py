@@ -19,7 +19,13 @@ from fbnas.latency.table import OVERHEAD, LatencyTable, Shape
 from fbnas.space import Architecture, SearchSpace
 
 Prior = LatencyTable | Literal["macs", "none"]
-FIXED = ("overhead", "stem", "head", "classifier")  # part of every network: the base
+FIXED = (
+    "overhead",
+    "stem",
+    "wavelet_stem",
+    "head",
+    "classifier",
+)  # part of every network: the base
 REFERENCE_NETWORKS = 1000
 REFERENCE_SEED = 0
 

@@ -61,9 +61,8 @@ def plan(space: SearchSpace, classes: int = 1000, *, context: bool = True) -> li
     """
     side, final = space.resolution, space.final_size
     items = [] if context else [OVERHEAD]
-    items.append(
-        Shape("stem", space.input_channels, space.stem.channels, space.stem.stride, side, side)
-    )
+    stem = space.stem
+    items.append(Shape(stem.block, space.input_channels, stem.channels, stem.stride, side, side))
     items += [
         Shape(
             block,
@@ -85,7 +84,7 @@ def build(item: Shape, space: SearchSpace) -> nn.Module:
     """Return the module to be measured."""
     if item == OVERHEAD:
         return nn.ReLU()
-    if item.block == "stem":
+    if item.block == space.stem.block:
         return build_stem(space)
     if item.block == "head":
         return build_head(space)
@@ -100,7 +99,7 @@ def reference_of(item: Shape, space: SearchSpace) -> Shape | None:
     A 1x1 convolution; before the classifier the head as well. Nothing before the stem, which so
     holds what a run itself costs.
     """
-    if item.block in ("stem", OVERHEAD.block):
+    if item.block in (space.stem.block, OVERHEAD.block):
         return None
     if item.block == "classifier":
         side = space.final_size

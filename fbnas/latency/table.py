@@ -262,7 +262,7 @@ class LatencyTable:
     def _stem(self, space: "SearchSpace") -> Entry:
         side = space.resolution
         ends = (space.input_channels, space.stem.channels, space.stem.stride)
-        return self.lookup("stem", *ends, side, side, space=space.name)
+        return self.lookup(space.stem.block, *ends, side, side, space=space.name)
 
     def _head(self, space: "SearchSpace") -> Entry:
         side = space.final_size

@@ -261,7 +261,7 @@ def table_of(found: Estimate, header: Mapping[str, str], *, classes: int = 1000)
         for shape, times, samples in zip(found.entries.shapes, times_ms, found.samples, strict=True)
     ]
     stem, head, classifier = (
-        shape for shape in plan(found.entries.space, classes) if shape.block in FIXED[1:]
+        shape for shape in plan(found.entries.space, classes) if shape.block in FIXED
     )
     base_ms = max(base_ms, 0.0)
     base = _row(stem, base_ms, base_ms, base_ms, samples=int(found.samples.max()))

@@ -20,7 +20,9 @@ def draw(run: Run) -> str:
     """Draw the architecture of a run: kernel is width, expansion is height, skip is a thin line."""
     assert run.space is not None and run.choice is not None
     space, last = run.space, run.space.layers[-1].stage
-    stem = f"3{TIMES}3 convolution, {space.input_channels} → {space.stem_channels} channels"
+    channels = space.input_channels * (4 if space.wavelet else 1)
+    split = "wavelet split, " if space.wavelet else ""
+    stem = f"{split}3{TIMES}3 convolution, {channels} → {space.stem_channels} channels"
     head = f"1{TIMES}1 convolution to {space.head} channels, pooling, classifier"
     size = f"{space.resolution}{TIMES}{space.resolution}"
     parts = [_fixed("stem", stem, size)]

@@ -30,6 +30,7 @@ class Space:
     resolution: int
     input_channels: int
     stem_channels: int
+    wavelet: bool  # the stem sees the halves of a wavelet split
     head: int
     blocks: tuple[str, ...]
     layers: tuple[Layer, ...]
@@ -63,6 +64,7 @@ def read_space(content: dict[str, Any], source: Path) -> Space:
             resolution=content["resolution"],
             input_channels=content.get("input_channels", 3),
             stem_channels=content["stem"]["channels"],
+            wavelet=bool(content["stem"].get("wavelet", False)),
             head=content["head"],
             blocks=tuple(content["blocks"]),
             layers=tuple(layers),

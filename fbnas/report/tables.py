@@ -19,7 +19,7 @@ COLUMNS = (
     "high_ms",
     "samples",
 )
-PSEUDO_BLOCKS = ("stem", "head", "classifier", "overhead")
+PSEUDO_BLOCKS = ("stem", "wavelet_stem", "head", "classifier", "overhead")
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,34 @@ class ChannelShuffle(nn.Module):
         return grouped.transpose(1, 2).reshape(-1, channels, height, width)
 
 
+class WaveletSplit(nn.Module):
+    """One level of the Haar wavelet: (n, c, H, W) to (n, 4 c, H / 2, W / 2), H and W even.
+
+    Of each channel its low-frequency half-size image (a mean of 2x2 pixels, times 2), then three of
+    high frequencies: columns, rows and diagonals. Nothing is lost: the transform is orthonormal.
+    Source: Haar 1910; Mallat 1989.
+    """
+
+    haar: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        signs = torch.tensor(
+            [
+                [[1.0, 1.0], [1.0, 1.0]],
+                [[1.0, -1.0], [1.0, -1.0]],
+                [[1.0, 1.0], [-1.0, -1.0]],
+                [[1.0, -1.0], [-1.0, 1.0]],
+            ]
+        )
+        kernel = (signs / 2).unsqueeze(1).repeat(channels, 1, 1, 1)  # (4 c, 1, 2, 2)
+        self.register_buffer("haar", kernel, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        haar = self.haar.to(images.dtype)
+        return nn.functional.conv2d(images, haar, stride=2, groups=len(haar) // 4)
+
+
 class InvertedResidual(nn.Module):
     """1x1 conv (C_in to e * C_in), KxK depthwise conv, 1x1 conv (to C_out), plus the input.
 

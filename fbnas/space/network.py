@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fbnas.errors import InputError
 from fbnas.files import atomic_write, read_yaml, write_yaml
 from fbnas.space.architecture import Architecture
-from fbnas.space.blocks import ConvBN, InvertedResidual, build_block
+from fbnas.space.blocks import ConvBN, InvertedResidual, WaveletSplit, build_block
 from fbnas.space.search_space import SearchSpace
 
 
@@ -48,7 +48,11 @@ class Network(nn.Module):
 
 def build_stem(space: SearchSpace) -> nn.Module:
     """3x3 conv, BN, ReLU: (n, input_channels, R, R) to (n, stem.channels, R / s, R / s)."""
-    return ConvBN(space.input_channels, space.stem.channels, kernel=3, stride=space.stem.stride)
+    stem, channels = space.stem, space.input_channels
+    if not stem.wavelet:
+        return ConvBN(channels, stem.channels, kernel=3, stride=stem.stride)
+    convolution = ConvBN(4 * channels, stem.channels, kernel=3, stride=stem.stride // 2)
+    return nn.Sequential(OrderedDict(split=WaveletSplit(channels), convolution=convolution))
 
 
 def build_head(space: SearchSpace) -> nn.Module:

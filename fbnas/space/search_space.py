@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,20 @@ NINE_BLOCKS = (
 
 @dataclass(frozen=True)
 class Stem:
-    """The first convolution: 3x3, BN, ReLU."""
+    """The first convolution: 3x3, BN, ReLU.
+
+    With `wavelet` it sees the image's low- and high-frequency halves at half resolution, four times
+    the channels, and the stride, then even, counts that too.
+    """
 
     channels: int
     stride: int
+    wavelet: bool = False
+
+    @property
+    def block(self) -> str:
+        """Its name in latency tables."""
+        return "wavelet_stem" if self.wavelet else "stem"
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class SearchSpace:
             "name": self.name,
             "resolution": self.resolution,
             "input_channels": self.input_channels,
-            "stem": vars(self.stem).copy(),
+            "stem": {k: v for k, v in vars(self.stem).items() if k != "wavelet" or v},
             "stages": [vars(stage).copy() for stage in self.stages],
             "head": self.head,
             "blocks": list(self.blocks),
@@ -176,8 +186,13 @@ def _reduced(side: int, stride: int) -> int:
 
 def _part(kind: type, content: Any, where: str) -> Any:
     known = [f.name for f in fields(kind)]
-    if not isinstance(content, dict) or sorted(content) != sorted(known):
-        raise InputError(f"{where} is {content}; expected exactly the keys {', '.join(known)}.")
+    needed = [f.name for f in fields(kind) if f.default is MISSING]
+    if not isinstance(content, dict) or not set(needed) <= set(content) <= set(known):
+        optional = [name for name in known if name not in needed]
+        also = f" and, if wanted, {', '.join(optional)}" if optional else ""
+        raise InputError(
+            f"{where} is {content}; expected exactly the keys {', '.join(needed)}{also}."
+        )
     return kind(**content)
 
 
@@ -194,6 +209,13 @@ def _check_values(space: SearchSpace) -> None:
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{key} is {value!r}; expected a whole number of at least 1.")
+    if not isinstance(space.stem.wavelet, bool):
+        raise InputError(f"stem.wavelet is {space.stem.wavelet!r}; expected true or false.")
+    if space.stem.wavelet and (space.resolution % 2 or space.stem.stride % 2):
+        raise InputError(
+            f"stem.wavelet halves the image: resolution is {space.resolution} and stem.stride "
+            f"{space.stem.stride}; expected both to be even."
+        )
     for block in space.blocks:
         if space.blocks.count(block) > 1:
             raise InputError(f"block '{block}' is listed twice; list each block once.")

@@ -84,6 +84,9 @@ def test_skip_can_be_switched_off_where_the_shape_changes() -> None:
     [
         ({"resolution": 2}, "1x1 before stage 1"),
         ({"stem": {"channels": 7, "stride": 1}}, "cannot be divided into 2 groups"),
+        ({"stem": {"channels": 8, "stride": 1, "wavelet": True}}, "expected both to be even"),
+        ({"stem": {"channels": 8, "stride": 2, "wavelet": 3}}, "expected true or false"),
+        ({"stem": {"channels": 8, "stride": 2, "wavelets": True}}, "and, if wanted, wavelet"),
         ({"blocks": ["k3_e1", "k3e6"]}, "Did you mean 'k3_e6'"),
         ({"blocks": ["k3_e1", "k3_e1"]}, "listed twice"),
         ({"resolutoin": 3}, "Did you mean 'resolution'"),
