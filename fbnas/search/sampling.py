@@ -53,7 +53,8 @@ class Band:
         self.least = 0.0
         if self.first is not None and floor > 0:
             others = [limit for limit in own if limit is not self.first]
-            highest, least = highest_within(self.first, others), floor * self.first.budget
+            least = floor * self.first.budget
+            highest = highest_within(self.first, others, enough=least)
             self.least = (least if least <= highest else floor * highest) * (1 - ROUNDING)
 
     def excess(self, paths: Tensor) -> Tensor:

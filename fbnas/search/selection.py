@@ -1,7 +1,11 @@
 """The most probable architectures within budgets, exactly; and what a budget can buy at all."""
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -234,13 +238,23 @@ def lowest_within(limit: Limit, others: Sequence[Limit]) -> float:
     return limit.of(_extreme(free, (free, *others), sign=-1))
 
 
-def highest_within(limit: Limit, others: Sequence[Limit]) -> float:
+def highest_within(limit: Limit, others: Sequence[Limit], *, enough: float = math.inf) -> float:
     """Return the highest cost of a sum that any network within its and the other budgets has.
+
+    Args:
+        enough: any cost from here on is as good, and found at once, where the very highest of
+            a large space may take the solver minutes.
 
     Raises:
         InputError: no network is within them.
     """
-    return limit.of(_extreme(limit, (limit, *others), sign=1))
+    limits = (limit, *others)
+    if 0 < enough <= limit.budget < math.inf:
+        nothing = np.zeros(tuple(limit.cost.shape))
+        found = _best_paths(nothing, limits, 1, enough / limit.budget)
+        if found:
+            return max(limit.of(found[0]), enough)  # less by the solver's tolerance, 1e-7
+    return limit.of(_extreme(limit, limits, sign=1))
 
 
 def _extreme(limit: Limit, limits: Sequence[Limit], *, sign: int) -> list[int]:
@@ -310,13 +324,14 @@ def _best_paths(
         constraints = [one_per_layer, *budget_rows]
         if excluded:
             constraints.append(LinearConstraint(np.array(excluded), -np.inf, layers - 1))
-        result = milp(
-            -np.where(offered, score, 0.0).ravel(),
-            integrality=np.ones(layers * blocks),
-            bounds=Bounds(0, offered.astype(float).ravel()),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
-        )
+        with _hushed():
+            result = milp(
+                -np.where(offered, score, 0.0).ravel(),
+                integrality=np.ones(layers * blocks),
+                bounds=Bounds(0, offered.astype(float).ravel()),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0},
+            )
         if result.x is None:
             break
         choice = np.round(result.x).reshape(layers, blocks)
@@ -326,6 +341,26 @@ def _best_paths(
         if all(limit.of(path) <= limit.most for limit in bounded):
             found.append(path)
     return found
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Hide what C code prints: HiGHS, as in scipy 1.17, prints lines that it is not asked for."""
+    try:
+        sys.stdout.flush()
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except (OSError, ValueError):  # there is no standard output to hide it from
+        yield
+        return
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            ctypes.CDLL(None).fflush(None)  # C has a buffer of its own
+        os.dup2(kept, 1)
+        for descriptor in (kept, nowhere):
+            os.close(descriptor)
 
 
 def _row(limit: Limit, offered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

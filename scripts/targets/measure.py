@@ -127,7 +127,9 @@ def select(case: Case, table: LatencyTable, seed: int, fractions: list[float]) -
                 "fraction": fraction,
                 "budget_ms": one.budget_ms,
                 "predicted_ms": best.provenance["predicted_latency_ms"],
-                "most_ms": highest_within(one.limits[0], one.limits[1:]),
+                "most_ms": highest_within(
+                    one.limits[0], one.limits[1:], enough=LEAST_USED * one.budget_ms
+                ),
                 "search_seconds": seconds,
                 "blocks": str(best),
             }

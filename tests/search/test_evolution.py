@@ -219,7 +219,11 @@ def test_the_highest_cost_within_budgets_is_that_of_brute_force() -> None:
         latency, energy, peak = limits_of(seed, 9.0, 7.0, 4.0)
         others = (energy, peak)
         within = [p for p in PATHS if all(x.of(p) <= x.budget for x in (latency, *others))]
-        assert highest_within(latency, others) == pytest.approx(max(map(latency.of, within)))
+        highest = max(map(latency.of, within))
+        assert highest_within(latency, others) == pytest.approx(highest)
+        some = highest_within(latency, others, enough=0.8 * highest)
+        assert 0.8 * highest - 1e-6 <= some <= highest + 1e-6
+        assert highest_within(latency, others, enough=1.01 * highest) == pytest.approx(highest)
     with pytest.raises(InputError, match="No network fits 1 ms"):
         highest_within(replace(latency, budget=1.0), ())
 

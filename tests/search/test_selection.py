@@ -1,5 +1,6 @@
 """Exact selection against brute force."""
 
+import ctypes
 import itertools
 import math
 from dataclasses import replace
@@ -15,6 +16,7 @@ from fbnas.search import (
     latency_range,
     lowest_within,
     most_probable_within,
+    selection,
 )
 from fbnas.space import SearchSpace
 
@@ -232,3 +234,15 @@ def test_further_budgets_that_nothing_fits_are_answered_with_both_ends() -> None
     with pytest.raises(InputError, match="max_params=9 is met by every network"):
         check_limits([replace(opposite, budget=9.0)])
     check_limits([Limit("latency", "ms", cost, 7.0), replace(opposite, budget=9.0)])
+
+
+def test_what_the_solver_prints_is_hidden(capfd: pytest.CaptureFixture[str]) -> None:
+    libc = ctypes.CDLL(None)
+    with selection._hushed():
+        libc.puts(b"from C")
+    print("after")
+    libc.puts(b"and C again")
+    libc.fflush(None)
+    shown = capfd.readouterr().out
+    assert "after" in shown and "and C again" in shown
+    assert "from C" not in shown
