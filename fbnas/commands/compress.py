@@ -23,11 +23,15 @@ from fbnas.compression import (
     Method,
     StaticQuantization,
     compress_,
+    load_any,
     quantize_file,
+    write_packed,
 )
+from fbnas.compression.coding import CODERS
+from fbnas.compression.packing import PACKED_FILE, PAYS_BELOW
 from fbnas.errors import InputError, check_known
 from fbnas.export import accuracy_of_file, export_onnx
-from fbnas.space import NetworkCard, count, load_network, save_network
+from fbnas.space import NetworkCard, count, save_network
 from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate
 from fbnas.training.loop import train
@@ -42,7 +46,7 @@ def main(config: dict[str, Any]) -> int:
     check_compression(config)
     if names == [INT8]:
         return _quantize(config)
-    network, card = load_network(network_folder(config["model"]))
+    network, card = load_any(network_folder(config["model"]))
     data = data_for(config, card.space)
     check_class_names(data, card.class_names)
     before = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
@@ -55,6 +59,7 @@ def main(config: dict[str, Any]) -> int:
     accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
     print_steps(report)
     print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
+    packed = _packed_file(config, out.folder, network, report)
     quantized = _int8_file(config, out.folder, network, card, data) if INT8 in names else {}
     first, last = report.before, report.after
     fields = {
@@ -73,7 +78,7 @@ def main(config: dict[str, Any]) -> int:
         ],
         "architecture": list(card.architecture.blocks),
     }
-    out.finish(**{**fields, **quantized})
+    out.finish(**{**fields, **packed, **quantized})
     return 0
 
 
@@ -154,6 +159,7 @@ def compress_and_save(
         measure=measure,
         folder=folder,
         seed=config["seed"],
+        coder=coder_of(config),
     )
     save_network(folder, network, card)
     return report
@@ -201,6 +207,22 @@ def print_steps(report: CompressionReport) -> None:
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
+def _packed_file(
+    config: dict[str, Any], folder: Path, network: nn.Module, report: CompressionReport
+) -> dict[str, Any]:
+    """Write the network's packed weights where they pay; return what result.json says of them."""
+    dense, stored = report.after.dense_bytes, report.after.stored_bytes
+    if stored >= PAYS_BELOW * dense:
+        return {}
+    path = folder / PACKED_FILE
+    written = write_packed(network, path, coder_of(config))
+    print(
+        f"{path}: {written:,} bytes, {report.before.dense_bytes / written:.1f} times smaller than "
+        f"{report.before.dense_bytes:,} bytes before; network.yaml and it are all the network needs"
+    )
+    return {"packed_bytes": written, "dense_bytes": dense, "packed": path.name}
+
+
 def _int8_file(
     config: dict[str, Any], folder: Path, network: nn.Module, card: NetworkCard, data: Data
 ) -> dict[str, Any]:
@@ -218,7 +240,7 @@ def _quantize(config: dict[str, Any]) -> int:
     model = Path(config["model"])
     card = None
     if not (model.is_file() and model.suffix == ".onnx"):
-        network, card = load_network(network_folder(model))
+        network, card = load_any(network_folder(model))
         mean, std = card.mean, card.std
         data = data_for(config, card.space)
         check_class_names(data, card.class_names)
@@ -256,15 +278,27 @@ def check_compression(config: dict[str, Any]) -> None:
     """
     options = config["compression"]
     sections = [kind.SECTION for kind in METHODS.values()]
-    check_known(
-        "part of compression", options, ["methods", *sections, "fine_tuning", "quantization"]
-    )
+    others = ["methods", "fine_tuning", "packing", "quantization"]
+    check_known("part of compression", options, [*sections, *others])
     if options["methods"]:
         method_names(options["methods"])
     for name in METHODS:
         build_method(name, config)
     quantization_of(config)
+    coder_of(config)
     tuning(config)
+
+
+def coder_of(config: dict[str, Any]) -> str:
+    """Return the coder of `compression.packing`.
+
+    Raises:
+        InputError: an unknown one, or an unknown option.
+    """
+    options = config["compression"]["packing"]
+    check_known("option of compression.packing:", options, ["coder"])
+    check_known("coder", [options["coder"]], CODERS)
+    return str(options["coder"])
 
 
 def tuning(config: dict[str, Any]) -> TrainingSettings:

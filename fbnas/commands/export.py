@@ -6,11 +6,11 @@ import numpy as np
 
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_class_names, data_for, network_folder
-from fbnas.compression import calibration_images
+from fbnas.compression import calibration_images, load_any
 from fbnas.errors import InputError
 from fbnas.export import ExportReport, export_file, runtime_of_format
 from fbnas.latency.devices import Device
-from fbnas.space import NetworkCard, count, load_network
+from fbnas.space import NetworkCard, count
 
 
 def main(config: dict[str, Any]) -> int:
@@ -22,7 +22,7 @@ def main(config: dict[str, Any]) -> int:
         python=config["python"],
         converter=config["converter"],
     )
-    network, card = load_network(network_folder(config["model"]))
+    network, card = load_any(network_folder(config["model"]))
     shown = _calibration(config, card) if device.precision == "int8" else []
     out = OutFolder(config)
     path = out.folder / f"model{device.suffix}"

@@ -121,7 +121,7 @@ def network_folder(model: str | Path) -> Path:
         InputError: there is no network.
     """
     path = Path(model)
-    if path.is_file() and path.name in ("network.yaml", "weights.safetensors"):
+    if path.is_file() and path.name in ("network.yaml", "weights.safetensors", "weights.packed"):
         path = path.parent
     if (path / "network.yaml").is_file():
         return path
@@ -131,7 +131,7 @@ def network_folder(model: str | Path) -> Path:
             return path / chosen
     raise InputError(
         f"model={model}: no network there; expected the folder of fbnas train, compress or run "
-        "(network.yaml and weights.safetensors)."
+        "(network.yaml, and weights.safetensors or weights.packed)."
     )
 
 

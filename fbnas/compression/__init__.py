@@ -10,6 +10,16 @@ from torch import nn
 
 from fbnas.compression.holding import held, shared, weighted
 from fbnas.compression.method import Applied, Method, Tools
+from fbnas.compression.packing import (
+    PackedTensor,
+    describe,
+    load_any,
+    pack,
+    read_packed,
+    unpack,
+    unpack_,
+    write_packed,
+)
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.quantization import (
     QuantizationReport,
@@ -17,6 +27,7 @@ from fbnas.compression.quantization import (
     calibration_images,
     quantize_file,
 )
+from fbnas.compression.weight_sharing import SharedLayer, WeightSharing, sharing_rate
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
 
@@ -31,20 +42,33 @@ __all__ = [
     "CompressionReport",
     "Facts",
     "Method",
+    "PackedTensor",
     "QuantizationReport",
+    "SharedLayer",
     "StaticQuantization",
     "Step",
     "Tools",
+    "WeightSharing",
     "calibration_images",
     "compress_",
+    "describe",
     "facts",
     "held",
+    "load_any",
+    "pack",
     "quantize_file",
+    "read_packed",
     "shared",
+    "sharing_rate",
+    "unpack",
+    "unpack_",
     "weighted",
+    "write_packed",
 ]
 
-METHODS: dict[str, type[Method]] = {method.NAME: method for method in (ChannelPruning,)}
+METHODS: dict[str, type[Method]] = {
+    method.NAME: method for method in (ChannelPruning, WeightSharing)
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +143,7 @@ def compress_(
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
     folder: Path | str | None = None,
     seed: int = 0,
+    coder: str = "huffman",
 ) -> CompressionReport:
     """Compress a network in place by one method, or by several in their order.
 
@@ -132,6 +157,7 @@ def compress_(
         measure: latencies in milliseconds of networks on the device, timed against each other.
         folder: for what a method leaves beside the network, such as a plot.
         seed: of everything that is drawn.
+        coder: of `pack`, by which networks are weighed.
 
     Raises:
         InputError: no compression method, no input shape, or a method lacks what it needs.
@@ -142,7 +168,7 @@ def compress_(
     if input_shape is None:
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
     place = None if folder is None else Path(folder)
-    tools = Tools(input_shape, train, data, measure, place, seed)
+    tools = Tools(input_shape, train, data, measure, place, seed, coder)
     found, applied, snapshots = [facts(model, tools)], list[Applied](), [_copy(model, tools)]
     for each in methods:
         applied.append(each.apply_(model, tools))
@@ -170,7 +196,7 @@ def facts(model: nn.Module, tools: Tools) -> Facts:
         counted.macs,
         nonzero=sum(int(module.weight.count_nonzero()) for module in weighted(model)),
         dense_bytes=dense,
-        stored_bytes=dense,
+        stored_bytes=len(pack(model, tools.coder)),
         accuracy=tools.accuracy(model) if tools.data is not None else None,
     )
 

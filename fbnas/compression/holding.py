@@ -8,20 +8,29 @@ few different values has shared weights, and each value is trained as one (Han e
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-MOST_SHARED = 256  # different values of a tensor of shared weights: an index is one byte
+MOST_SHARED = 256  # different values of a tensor of shared weights, beside 0: an index is one byte
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[None]:
-    """Keep zeros zero and shared weights shared while the block trains the network in place."""
+def held(model: nn.Module, *, mean_gradients: bool = False) -> Iterator[None]:
+    """Keep zeros zero and shared weights shared while the block trains the network in place.
+
+    Args:
+        mean_gradients: a step of gradient descent moves a shared value by the mean of its weights'
+            gradients instead of by their sum. This is the step of a network whose weights are not
+            shared, projected onto shared weights: it is stable at every rate at which that is.
+    """
     holding = []
     for module in weighted(model):
         found = shared(module.weight)
         if found is not None:
-            parametrize.register_parametrization(module, "weight", _Shared(*found), unsafe=True)
+            parametrize.register_parametrization(
+                module, "weight", _Shared(*found, mean=mean_gradients), unsafe=True
+            )
         elif bool((module.weight == 0).any()):
             zero = _Masked((module.weight != 0).to(module.weight.dtype))
             parametrize.register_parametrization(module, "weight", zero)
@@ -41,9 +50,13 @@ def weighted(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 
 
 def shared(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the values (k,) that a tensor's weights share and the index of each; None if not."""
+    """Return the values (k,) that a tensor's weights share and the index of each; None if not.
+
+    They share them where two weights or more, of those that are not zero, come to a value.
+    """
     values, indices = weight.detach().unique(return_inverse=True)
-    few = len(values) <= min(MOST_SHARED, weight.numel() // 2)
+    weights = int(weight.count_nonzero())
+    few = int(values.count_nonzero()) <= min(MOST_SHARED, weights // 2)
     return (values, indices) if few else None
 
 
@@ -61,19 +74,26 @@ class _Masked(nn.Module):
 
 
 class _Shared(nn.Module):
-    """A weight as its values, which are what is trained, and their places; a zero stays zero."""
+    """A weight as its values, which are what is trained, and their places; a zero stays zero.
+
+    What is trained is value / scale: its gradient is scale times the sum over the value's weights,
+    and a step moves the value by scale squared times that sum.
+    """
 
     indices: Tensor
-    kept: Tensor
+    scale: Tensor
 
-    def __init__(self, values: Tensor, indices: Tensor) -> None:
+    def __init__(self, values: Tensor, indices: Tensor, *, mean: bool) -> None:
         super().__init__()
+        counts = indices.flatten().bincount(minlength=len(values)).to(values.dtype)
+        scale = counts.rsqrt() if mean else torch.ones_like(values)
         self.register_buffer("indices", indices, persistent=False)
-        self.register_buffer("kept", (values != 0).to(values.dtype), persistent=False)
+        self.register_buffer("scale", scale * (values != 0), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        return (values * self.kept)[self.indices]
+        return (values * self.scale)[self.indices]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        values = weight.new_zeros(len(self.kept))
-        return values.index_put_((self.indices.flatten(),), weight.detach().flatten())
+        values = weight.new_zeros(len(self.scale))
+        values.index_put_((self.indices.flatten(),), weight.detach().flatten())
+        return values / self.scale.where(self.scale != 0, 1)

@@ -35,6 +35,7 @@ class Tools:
         measure: latencies in milliseconds of networks on the device, timed against each other.
         folder: for what a method wants to leave beside the network, such as a plot.
         seed: of everything that is drawn.
+        coder: of `pack`, by which networks are weighed.
     """
 
     input_shape: tuple[int, int, int]
@@ -43,6 +44,7 @@ class Tools:
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None
     folder: Path | None = None
     seed: int = 0
+    coder: str = "huffman"
 
     def tune(self, model: nn.Module) -> Any:
         """Fine-tune in place and return what `train` did; None where there is none to do it.

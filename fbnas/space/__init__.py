@@ -10,6 +10,7 @@ from fbnas.space.network import (
     build_network,
     count,
     load_network,
+    load_tensors_,
     save_network,
 )
 from fbnas.space.search_space import Layer, SearchSpace, Stage, Stem
@@ -29,6 +30,7 @@ __all__ = [
     "build_network",
     "count",
     "load_network",
+    "load_tensors_",
     "register_block",
     "save_network",
 ]

@@ -248,8 +248,13 @@ def save_weights(network: nn.Module, path: Path) -> None:
     atomic_write(path, save(tensors))
 
 
-def load_network(folder: str | Path) -> tuple[Network, NetworkCard]:
+def load_network(
+    folder: str | Path, tensors: dict[str, Tensor] | None = None
+) -> tuple[Network, NetworkCard]:
     """Read a network back, in eval mode; a pruned one gets the widths of its stored weights.
+
+    Args:
+        tensors: its weights, where they are not those of `weights.safetensors`.
 
     Raises:
         InputError: no network there, or files that do not belong together.
@@ -272,7 +277,10 @@ def load_network(folder: str | Path) -> tuple[Network, NetworkCard]:
             "written by fbnas train or compress."
         ) from error
     network = build_network(space, architecture, classes=len(names))
-    load_weights_(network, folder / "weights.safetensors")
+    if tensors is None:
+        load_weights_(network, folder / "weights.safetensors")
+    else:
+        load_tensors_(network, tensors, str(folder))
     return network.eval(), NetworkCard(space, architecture, names, mean, std)
 
 
@@ -294,19 +302,33 @@ def load_weights_(network: nn.Module, path: Path) -> None:
             f"{path}: the weights are damaged ({error}); expected a safetensors file. Write it "
             "again with the command that made it."
         ) from error
+    load_tensors_(network, tensors, str(path))
+
+
+def load_tensors_(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load tensors in place by their names, resizing the modules to the widths that they have.
+
+    Args:
+        source: where they come from, for errors.
+
+    Raises:
+        InputError: they are of another network.
+    """
     for name, module in network.named_modules():
         _resize_(module, {k: tensors.get(f"{name}.{k}") for k in ("weight", "bias")})
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise InputError(f"{path}: the weights belong to another network: {reason}") from error
+        raise InputError(f"{source}: the weights belong to another network: {reason}") from error
 
 
 def _resize_(module: nn.Module, stored: dict[str, Tensor | None]) -> None:
     weight = stored["weight"]
     parameter = getattr(module, "weight", None)
     if weight is None or parameter is None or weight.shape == parameter.shape:
+        return
+    if weight.ndim != parameter.ndim:  # of another kind of layer: load_state_dict says so
         return
     if isinstance(module, nn.Conv2d):
         if module.groups == module.in_channels and module.groups > 1:  # depthwise
