@@ -218,7 +218,9 @@ def _bits(tensor: Tensor) -> np.ndarray:
     return flat.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}")
 
 
-def _forms(row: PackedTensor, bits: np.ndarray, coder: Coder) -> Iterator[tuple[PackedTensor, bytes]]:
+def _forms(
+    row: PackedTensor, bits: np.ndarray, coder: Coder
+) -> Iterator[tuple[PackedTensor, bytes]]:
     """Yield every form that a tensor may be stored in: how, and its parts joined.
 
     Args:

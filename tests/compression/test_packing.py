@@ -64,7 +64,7 @@ def test_huffman_is_optimal_and_a_prefix_code() -> None:
     lengths = huffman_lengths(counts)
     assert counts @ lengths == 224
     assert lengths.tolist() == [1, 3, 3, 3, 4, 4, 0]
-    assert sum(2.0 ** -length for length in lengths if length) == 1
+    assert sum(2.0**-length for length in lengths if length) == 1
     powers = np.array([1 << i for i in range(10)])
     entropy = -(powers * np.log2(powers / powers.sum())).sum()
     assert entropy <= powers @ huffman_lengths(powers) <= entropy + powers.sum()
