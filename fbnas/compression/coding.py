@@ -7,7 +7,8 @@ learns the frequencies while it reads as it did while it wrote. It is an asymmet
 """
 
 import heapq
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ STATE_BITS = 24  # its states lie in [2**24, 2**40)
 WORD_BITS = 16  # and shed words of 16 bits
 LANE_SYMBOLS = 4096  # a state for each so many symbols costs 3 bytes
 MOST_LANES = 1024
-BLOCK = 64  # symbols coded between two looks at the frequencies, at least
+BLOCK = 64  # symbols coded between two looks at the frequencies, at most, or one of each state
 GAIN = 8  # of the count of a symbol that is seen
 MEMORIES = (10, 13, 18)  # log2 of the symbols after which what was seen counts half
 HUFFMAN = 0  # instead of a memory: few symbols, for which Huffman's code is shorter
@@ -178,18 +179,25 @@ def _lanes(n: int) -> int:
     return max(1, min(MOST_LANES, n // LANE_SYMBOLS))
 
 
-def _block(n: int) -> int:
-    """Return the symbols between two tables: a whole number of steps of all lanes."""
-    lanes = _lanes(n)
-    return lanes * max(1, BLOCK // lanes)
+def _blocks(n: int) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of the symbols that share a table: few at first, when each tells much.
+
+    They are a whole number of steps of all lanes.
+    """
+    lanes, begin = _lanes(n), 0
+    while begin < n:
+        symbols = min(BLOCK, 1 + begin // 8)
+        end = min(n, begin + lanes * max(1, symbols // lanes))
+        yield begin, end
+        begin = end
 
 
 def _modelled(symbols: np.ndarray, k: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
     """Return frequency and start of each symbol as the model has them when it comes."""
-    model, block = _Frequencies(k, memory), _block(len(symbols))
+    model = _Frequencies(k, memory)
     frequencies, starts = np.empty_like(symbols), np.empty_like(symbols)
-    for begin in range(0, len(symbols), block):
-        part = slice(begin, begin + block)
+    for begin, end in _blocks(len(symbols)):
+        part = slice(begin, end)
         frequency, start = model.table()
         frequencies[part], starts[part] = frequency[symbols[part]], start[symbols[part]]
         model.see(symbols[part])
@@ -229,17 +237,16 @@ def _arithmetic_decode(data: bytes, n: int, k: int) -> np.ndarray:
         return symbols
     if data[0] == HUFFMAN:
         return _huffman_decode(data[1:], n, k)
-    lanes, block = _lanes(n), _block(n)
+    lanes = _lanes(n)
     model = _Frequencies(k, data[0])
     ends = np.zeros((lanes, 8), np.uint8)
     ends[:, :5] = np.frombuffer(data, np.uint8, 5 * lanes, 1).reshape(lanes, 5)
     states = ends.reshape(-1).view("<u8").astype(np.int64)
     words = np.frombuffer(data, "<u2", offset=1 + 5 * lanes).astype(np.int64)
     read, mask = 0, (1 << TOTAL_BITS) - 1
-    for first in range(0, n, block):
+    for first, last in _blocks(n):
         frequency, start = model.table()
         symbol_of = np.repeat(np.arange(k), frequency)
-        last = min(first + block, n)
         for begin in range(first, last, lanes):
             x = states[: min(lanes, last - begin)]
             slots = x & mask
@@ -256,15 +263,21 @@ def _arithmetic_decode(data: bytes, n: int, k: int) -> np.ndarray:
     return symbols
 
 
-def _entropy_bits(counts: np.ndarray) -> float:
-    """Return what the frequencies would need, plus what learning them costs."""
-    used, total = counts[counts > 0], counts.sum()
-    entropy = float(-(used * np.log2(used / total)).sum())
-    lanes = _lanes(int(total))
-    return entropy + len(used) / 2 * np.log2(max(total, 2)) + 24 * lanes + 8
+def _adaptive_bits(counts: np.ndarray) -> float:
+    """Return what adaptive frequencies need where the order of the symbols says nothing.
+
+    With a = 1 / GAIN, n symbols of k kinds and c_i of kind i, the probabilities (count so far + a)
+    / (symbols so far + k a) multiply to G(k a) / G(n + k a) prod_i G(c_i + a) / G(a), G the gamma
+    function. The ends of the states come in addition.
+    """
+    n, a = int(counts.sum()), 1 / GAIN
+    used = counts[counts > 0].tolist()
+    nats = math.lgamma(n + len(counts) * a) - math.lgamma(len(counts) * a)
+    nats -= sum(map(math.lgamma, (c + a for c in used))) - len(used) * math.lgamma(a)
+    return min(nats / math.log(2) + 32 * _lanes(n) + 8, _huffman_bits(counts) + 8)
 
 
 CODERS = {
     "huffman": Coder(_huffman_encode, _huffman_decode, _huffman_bits),
-    "arithmetic": Coder(_arithmetic_encode, _arithmetic_decode, _entropy_bits),
+    "arithmetic": Coder(_arithmetic_encode, _arithmetic_decode, _adaptive_bits),
 }

@@ -92,11 +92,11 @@ def test_small_layers_get_no_more_values_than_half_of_their_weights() -> None:
 @pytest.mark.parametrize("gradient", ["sum", "mean"])
 def test_values_learn_by_the_gradients_of_their_weights(gradient: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     model[0].weight.data[0, :5] = 0
     method = WeightSharing(linear_bits=2, gradient=gradient)
     share_(model, method)
-    images, labels = torch.randn(32, 12).double(), torch.randint(0, 3, (32,))
+    images, labels = torch.randn(32, 12), torch.randint(0, 3, (32,))
     plain = copy.deepcopy(model)
     nn.functional.cross_entropy(plain(images), labels).backward()
     rate = 0.01
