@@ -189,7 +189,7 @@ def _opened(data: bytes, source: str) -> tuple[str, list[PackedTensor], bytes]:
         raise _refused(source, "the checksum is not that of the content")
     try:
         name, rows = json.loads(zlib.decompress(body[:length]))
-        found = [PackedTensor(*row[:2], tuple(row[2]), *row[3:]) for row in rows]
+        found = [PackedTensor(row[0], row[1], tuple(row[2]), *row[3:]) for row in rows]
     except (LookupError, ValueError, TypeError, zlib.error) as error:
         raise _refused(source, f"the header cannot be read: {error}") from error
     return name, found, body[length:]
@@ -252,7 +252,7 @@ def _with_parts(
     values: bytes = b"",
     **facts: Any,
 ) -> tuple[PackedTensor, bytes]:
-    sizes = {
+    sizes: dict[str, Any] = {
         "position_bytes": len(positions),
         "index_bytes": len(indices),
         "value_bytes": len(values),
