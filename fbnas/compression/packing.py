@@ -20,10 +20,10 @@ endian), the header (JSON, deflated), then the parts of each tensor in its order
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ FRAME = struct.Struct("<II")
 PACKED_FILE = "weights.packed"
 PAYS_BELOW = 0.9  # of the dense size: a file that is hardly smaller is not worth its time
 GAP_BITS = range(1, 9)
+WORTH_TRYING = 1.3  # of the least estimate: the arithmetic coder may do so much better than that
 SAMPLE = 16384  # values of which so many differ that no codebook is looked for
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -47,6 +48,8 @@ DTYPES = {
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }
+
+Make = Callable[[], "tuple[PackedTensor, bytes]"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,10 @@ def _packed(name: str, tensor: Tensor, coder_name: str) -> tuple[PackedTensor, b
         raise InputError(f"{name} is of type {dtype}; expected one of {', '.join(DTYPES)}.")
     bits = _bits(tensor)
     row = PackedTensor(name, dtype, tuple(tensor.shape), "dense", len(bits))
-    return min(_forms(row, bits, coder(coder_name)), key=lambda made: made[0].bytes)
+    plans = list(_plans(row, bits, coder(coder_name)))
+    least = min(estimate for estimate, _ in plans)
+    made = [make() for estimate, make in plans if estimate <= WORTH_TRYING * least]
+    return min(made, key=lambda done: done[0].bytes)
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
@@ -218,46 +224,86 @@ def _bits(tensor: Tensor) -> np.ndarray:
     return flat.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}")
 
 
-def _forms(
-    row: PackedTensor, bits: np.ndarray, coder: Coder
-) -> Iterator[tuple[PackedTensor, bytes]]:
-    """Yield every form that a tensor may be stored in: how, and its parts joined.
+def _plans(row: PackedTensor, bits: np.ndarray, coder: Coder) -> Iterator[tuple[float, Make]]:
+    """Yield every form that a tensor may be stored in: an estimate of its bits, what makes it.
 
     Args:
         row: of the tensor stored as it is.
         bits: (n,) unsigned.
     """
-    yield _with_parts(row, values=bits.tobytes())
+    yield 8.0 * bits.nbytes, partial(_with_parts, row, values=bits.tobytes())
     codebook = _codebook(bits)
     if codebook is not None:
-        yield _with_parts(row, form="shared", **_indexed(bits, codebook, coder))
+        estimate = _indexed_bits(bits, codebook, coder)
+        yield estimate, partial(_shared, row, bits, codebook, coder)
     if bits.all():
         return
+    stored = bits[bits != 0]
+    codebook = _codebook(stored)
     for columns in (False, True) if len(row.shape) > 1 and row.shape[0] > 1 else (False,):
         ordered = bits.reshape(row.shape[0], -1).T.reshape(-1) if columns else bits
-        kept, facts = _positions(ordered, coder)
-        facts["columns"] = columns
-        yield _with_parts(row, form="sparse", values=kept.tobytes(), **facts)
-        codebook = _codebook(kept)
+        places = np.flatnonzero(ordered)
+        zeros, kept = np.diff(places, prepend=-1) - 1, ordered[places]
+        estimate, width = min((coder.bits(_gap_counts(zeros, width)), width) for width in GAP_BITS)
+        there = replace(row, form="sparse", kept=len(kept), gap_bits=width, columns=columns)
+        yield estimate + 8 * kept.nbytes, partial(_sparse, there, zeros, kept, None, coder)
         if codebook is not None:
-            indexed = _indexed(kept, codebook, coder)
-            yield _with_parts(row, form="sparse_shared", **indexed, **facts)
+            estimate += _indexed_bits(kept, codebook, coder)
+            yield estimate, partial(_sparse, there, zeros, kept, codebook, coder)
+
+
+def _shared(
+    row: PackedTensor, bits: np.ndarray, codebook: np.ndarray, coder: Coder
+) -> tuple[PackedTensor, bytes]:
+    return _with_parts(
+        replace(row, form="shared", clusters=len(codebook)),
+        indices=coder.encode(np.searchsorted(codebook, bits), len(codebook)),
+        values=codebook.tobytes(),
+    )
+
+
+def _sparse(
+    row: PackedTensor,
+    zeros: np.ndarray,
+    kept: np.ndarray,
+    codebook: np.ndarray | None,
+    coder: Coder,
+) -> tuple[PackedTensor, bytes]:
+    """Make a sparse form.
+
+    Args:
+        zeros: (kept,) that come before each value.
+        codebook: None to store the values as they are.
+    """
+    gaps = _gaps(zeros, row.gap_bits)
+    positions = coder.encode(gaps, 1 << row.gap_bits)
+    row = replace(row, gaps=len(gaps))
+    if codebook is None:
+        return _with_parts(row, positions=positions, values=kept.tobytes())
+    return _with_parts(
+        replace(row, form="sparse_shared", clusters=len(codebook)),
+        positions=positions,
+        indices=coder.encode(np.searchsorted(codebook, kept), len(codebook)),
+        values=codebook.tobytes(),
+    )
+
+
+def _indexed_bits(bits: np.ndarray, codebook: np.ndarray, coder: Coder) -> float:
+    """Estimate the bits of indices into a codebook, and of the codebook."""
+    counts = np.bincount(np.searchsorted(codebook, bits), minlength=len(codebook))
+    return coder.bits(counts) + 8 * codebook.nbytes
 
 
 def _with_parts(
-    row: PackedTensor,
-    *,
-    positions: bytes = b"",
-    indices: bytes = b"",
-    values: bytes = b"",
-    **facts: Any,
+    row: PackedTensor, *, positions: bytes = b"", indices: bytes = b"", values: bytes = b""
 ) -> tuple[PackedTensor, bytes]:
-    sizes: dict[str, Any] = {
-        "position_bytes": len(positions),
-        "index_bytes": len(indices),
-        "value_bytes": len(values),
-    }
-    return replace(row, **facts, **sizes), positions + indices + values
+    row = replace(
+        row,
+        position_bytes=len(positions),
+        index_bytes=len(indices),
+        value_bytes=len(values),
+    )
+    return row, positions + indices + values
 
 
 def _codebook(bits: np.ndarray) -> np.ndarray | None:
@@ -266,26 +312,6 @@ def _codebook(bits: np.ndarray) -> np.ndarray | None:
         return None
     values = np.unique(bits)
     return values if len(values) <= min(MOST_SYMBOLS, len(bits) // 2) else None
-
-
-def _indexed(bits: np.ndarray, codebook: np.ndarray, coder: Coder) -> dict[str, Any]:
-    indices = coder.encode(np.searchsorted(codebook, bits), len(codebook))
-    return {"indices": indices, "values": codebook.tobytes(), "clusters": len(codebook)}
-
-
-def _positions(bits: np.ndarray, coder: Coder) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return what is not zero, and where: gaps in the number of bits that takes the fewest."""
-    places = np.flatnonzero(bits)
-    zeros = np.diff(places, prepend=-1) - 1
-    gap_bits = min(GAP_BITS, key=lambda width: coder.bits(_gap_counts(zeros, width)))
-    gaps = _gaps(zeros, gap_bits)
-    facts = {
-        "positions": coder.encode(gaps, 1 << gap_bits),
-        "kept": len(places),
-        "gap_bits": gap_bits,
-        "gaps": len(gaps),
-    }
-    return bits[places], facts
 
 
 def _gap_counts(zeros: np.ndarray, width: int) -> np.ndarray:
