@@ -25,7 +25,7 @@ MOST_LANES = 1024
 BLOCK = 64  # symbols coded between two looks at the frequencies, at most, or one of each state
 GAIN = 8  # of the count of a symbol that is seen
 MEMORIES = (10, 13, 18)  # log2 of the symbols after which what was seen counts half
-HUFFMAN = 0  # instead of a memory: few symbols, for which Huffman's code is shorter
+ARITHMETIC = 0xFF  # this byte less the place in MEMORIES begins a stream; lower ones Huffman's
 
 
 @dataclass(frozen=True)
@@ -226,19 +226,23 @@ def _arithmetic_encode(symbols: np.ndarray, k: int) -> bytes:
         states[: len(f)] = (whole << TOTAL_BITS) + rest + start
     stream = b"".join(part.tobytes() for part in reversed(words))
     ends = states.astype("<u8").view(np.uint8).reshape(lanes, 8)[:, :5].tobytes()
-    coded = bytes([MEMORIES[chosen]]) + ends + stream
-    plain = bytes([HUFFMAN]) + _huffman_encode(symbols, k)
-    return min(coded, plain, key=len)
+    coded = bytes([ARITHMETIC - chosen]) + ends + stream
+    plain = _huffman_encode(symbols, k)  # shorter for few symbols
+    return plain if len(plain) <= len(coded) and not _is_arithmetic(plain) else coded
+
+
+def _is_arithmetic(data: bytes) -> bool:
+    return data[0] > ARITHMETIC - len(MEMORIES)
 
 
 def _arithmetic_decode(data: bytes, n: int, k: int) -> np.ndarray:
     symbols = np.zeros(n, np.int64)
     if k == 1 or n == 0:
         return symbols
-    if data[0] == HUFFMAN:
-        return _huffman_decode(data[1:], n, k)
+    if not _is_arithmetic(data):
+        return _huffman_decode(data, n, k)
     lanes = _lanes(n)
-    model = _Frequencies(k, data[0])
+    model = _Frequencies(k, MEMORIES[ARITHMETIC - data[0]])
     ends = np.zeros((lanes, 8), np.uint8)
     ends[:, :5] = np.frombuffer(data, np.uint8, 5 * lanes, 1).reshape(lanes, 5)
     states = ends.reshape(-1).view("<u8").astype(np.int64)
@@ -274,7 +278,7 @@ def _adaptive_bits(counts: np.ndarray) -> float:
     used = counts[counts > 0].tolist()
     nats = math.lgamma(n + len(counts) * a) - math.lgamma(len(counts) * a)
     nats -= sum(map(math.lgamma, (c + a for c in used))) - len(used) * math.lgamma(a)
-    return min(nats / math.log(2) + 32 * _lanes(n) + 8, _huffman_bits(counts) + 8)
+    return min(nats / math.log(2) + 32 * _lanes(n) + 8, _huffman_bits(counts))
 
 
 CODERS = {
