@@ -10,7 +10,6 @@ import argparse
 import copy
 import math
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,33 +97,44 @@ def study(folder: Path, name: str, data: Data, seed: int) -> None:
     """Train, prune, share and pack one network, unless that was done."""
     if (folder / "facts.json").is_file():
         return
-    paper, recipe, started = PAPER[name], RECIPES[name], time.perf_counter()
+    paper, recipe = PAPER[name], RECIPES[name]
     torch.manual_seed(seed)
     network = lenet(name)
-    trainer(data, recipe["train"], seed)(network)
+    kept(folder / "trained.packed", network, trainer(data, recipe["train"], seed))
     accuracy = {"trained": tested(network, data)}
-    compress_(
+    densities = LayerDensities(paper.density, recipe["steps"])
+    kept(
+        folder / "pruned.packed",
         network,
-        LayerDensities(paper.density, recipe["steps"]),
-        input_shape=SHAPE,
-        train=trainer(data, recipe["prune"], seed),
+        lambda model: compress_(
+            model, densities, input_shape=SHAPE, train=trainer(data, recipe["prune"], seed)
+        ),
     )
     accuracy["pruned"] = tested(network, data)
-    pruned = copy.deepcopy(network)
+    untuned = copy.deepcopy(network)
     sharing = WeightSharing(conv_bits=paper.conv_bits, linear_bits=paper.linear_bits)
-    compress_(pruned, sharing, input_shape=SHAPE, seed=seed)
-    accuracy["shared, before fine-tuning"] = tested(pruned, data)
+    compress_(untuned, sharing, input_shape=SHAPE, seed=seed)
+    accuracy["shared, before fine-tuning"] = tested(untuned, data)
     train_values = trainer(data, recipe["share"], seed)
     compress_(network, sharing, input_shape=SHAPE, train=train_values, seed=seed)
     accuracy["shared"] = tested(network, data)
     for coder in CODERS:
         write_packed(network, folder / f"{coder}.packed", coder)
-    seconds = time.perf_counter() - started
     read_back = lenet(name)
     load_tensors_(read_back, read_packed(folder / "arithmetic.packed"), str(folder))
     accuracy["read back"] = tested(read_back, data)
-    write_json(folder / "facts.json", {"accuracy": accuracy, "seconds": seconds})
-    print(folder.name, {k: round(v, 4) for k, v in accuracy.items()}, round(seconds), flush=True)
+    write_json(folder / "facts.json", {"accuracy": accuracy})
+    print(folder.name, {k: round(v, 4) for k, v in accuracy.items()}, flush=True)
+
+
+def kept(path: Path, network: nn.Module, make_: Callable[[nn.Module], Any]) -> None:
+    """Do what is to be done to a network, or read what came of it before the script was stopped."""
+    if path.is_file():
+        load_tensors_(network, read_packed(path), str(path))
+    else:
+        make_(network)
+        write_packed(network, path)
+        print(path, flush=True)
 
 
 def trainer(data: Data, settings: dict[str, Any], seed: int) -> Callable[[nn.Module], Any]:
@@ -141,16 +151,16 @@ def tested(network: nn.Module, data: Data) -> float:
 def study_fbnet(work: Path, seed: int) -> None:
     """Train an FBNet on digits, then compress copies of it more and more, unless that was done."""
     folders = [work / f"digits_fbnet_{kept:g}_{bits}_{seed}" for kept, bits in POINTS]
-    if all((folder / "facts.json").is_file() for folder in folders):
-        return
     space, data = SearchSpace.load("quickstart"), load_data("digits", resolution=16, resize=True)
     torch.manual_seed(seed)
     whole = build_network(space, Architecture(BLOCKS, space.name), classes=data.classes)
-    trainer(data, FBNET["train"], seed)(whole)
-    for folder, (kept, bits) in zip(folders, POINTS, strict=True):
-        started, network = time.perf_counter(), copy.deepcopy(whole)
+    kept(work / f"fbnet_{seed}.packed", whole, trainer(data, FBNET["train"], seed))
+    for folder, (density, bits) in zip(folders, POINTS, strict=True):
+        if (folder / "facts.json").is_file():
+            continue
+        network = copy.deepcopy(whole)
         accuracy = {"trained": tested(network, data)}
-        densities = tuple(1.0 if is_depthwise(layer) else kept for layer in layers_of(network))
+        densities = tuple(1.0 if is_depthwise(layer) else density for layer in layers_of(network))
         pruning = LayerDensities(densities, 2)
         compress_(network, pruning, train=trainer(data, FBNET["prune"], seed))
         accuracy["pruned"] = tested(network, data)
@@ -159,9 +169,8 @@ def study_fbnet(work: Path, seed: int) -> None:
         accuracy["shared"] = tested(network, data)
         for coder in CODERS:
             write_packed(network, folder / f"{coder}.packed", coder)
-        seconds = time.perf_counter() - started
-        write_json(folder / "facts.json", {"accuracy": accuracy, "seconds": seconds})
-        print(folder.name, accuracy, round(seconds), flush=True)
+            write_json(folder / "facts.json", {"accuracy": accuracy})
+        print(folder.name, accuracy, flush=True)
 
 
 def layers_of(network: nn.Module) -> list[nn.Module]:
@@ -214,7 +223,6 @@ def facts(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     row["fixed_bits_bytes"] = round(fixed)
     for key in ("fixed_bits", *CODERS):
         row[f"{key}_ratio"] = dense / row[f"{key}_bytes"]
-    row["seconds"] = found["seconds"]
     return row, [layer_row(name, packed) for name in weights]
 
 
