@@ -27,6 +27,7 @@ from fbnas.compression import (
 )
 from fbnas.errors import InputError, check_known
 from fbnas.export import accuracy_of_file, export_onnx
+from fbnas.report.sensitivity import draw_scan
 from fbnas.space import NetworkCard, count, load_network, save_network
 from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate
@@ -54,6 +55,8 @@ def main(config: dict[str, Any]) -> int:
     )
     accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
     print_steps(report)
+    for line in draw_scan(out.folder):
+        print(line)
     print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
     quantized = _int8_file(config, out.folder, network, card, data) if INT8 in names else {}
     first, last = report.before, report.after
@@ -129,9 +132,9 @@ def compress_and_save(
     Raises:
         InputError: an unknown option of compression.
     """
-    settings, trainings = tuning(config), 0
+    anew, trainings = TrainingSettings.from_dict(config["training"]), 0
 
-    def tune(model: nn.Module) -> Any:
+    def tune(model: nn.Module, settings: TrainingSettings) -> Any:
         nonlocal trainings
         trainings += 1
         place = folder if trainings == 1 else folder / f"tuning_{trainings:02d}"
@@ -149,7 +152,8 @@ def compress_and_save(
         network,
         methods,
         input_shape=card.input_shape,
-        train=tune,
+        train=lambda model: tune(model, tuning(config)),
+        train_anew=lambda model, epochs=anew.epochs: tune(model, replace(anew, epochs=epochs)),
         data=data,
         measure=measure,
         folder=folder,

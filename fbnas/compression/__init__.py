@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fbnas.compression.holding import held, shared, weighted
+from fbnas.compression.lottery import LotteryTicket, Round
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.quantization import (
@@ -17,6 +18,8 @@ from fbnas.compression.quantization import (
     calibration_images,
     quantize_file,
 )
+from fbnas.compression.sensitivity import LayerScan
+from fbnas.compression.sparsity import LayerSparsity, Sparsity
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
 
@@ -30,8 +33,13 @@ __all__ = [
     "ChannelSet",
     "CompressionReport",
     "Facts",
+    "LayerScan",
+    "LayerSparsity",
+    "LotteryTicket",
     "Method",
     "QuantizationReport",
+    "Round",
+    "Sparsity",
     "StaticQuantization",
     "Step",
     "Tools",
@@ -44,7 +52,9 @@ __all__ = [
     "weighted",
 ]
 
-METHODS: dict[str, type[Method]] = {method.NAME: method for method in (ChannelPruning,)}
+METHODS: dict[str, type[Method]] = {
+    method.NAME: method for method in (ChannelPruning, Sparsity, LotteryTicket)
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,8 @@ def compress_(
     method: Method | Sequence[Method],
     *,
     input_shape: tuple[int, int, int] | None = None,
-    train: Callable[[nn.Module], Any] | None = None,
+    train: Callable[..., Any] | None = None,
+    train_anew: Callable[..., Any] | None = None,
     data: "Data | None" = None,
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
     folder: Path | str | None = None,
@@ -128,6 +139,7 @@ def compress_(
     Args:
         input_shape: (c, h, w) of one image; a network of `build_network` knows its own.
         train: fine-tunes a network in place; methods call it as often as they need.
+        train_anew: trains one from its first weights on, `epochs=` long if asked; None: `train`.
         data: as of `load_data`: training images calibrate, validation images judge.
         measure: latencies in milliseconds of networks on the device, timed against each other.
         folder: for what a method leaves beside the network, such as a plot.
@@ -142,7 +154,7 @@ def compress_(
     if input_shape is None:
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
     place = None if folder is None else Path(folder)
-    tools = Tools(input_shape, train, data, measure, place, seed)
+    tools = Tools(input_shape, train, data, measure, place, seed, train_anew)
     found, applied, snapshots = [facts(model, tools)], list[Applied](), [_copy(model, tools)]
     for each in methods:
         applied.append(each.apply_(model, tools))

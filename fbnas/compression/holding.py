@@ -41,9 +41,13 @@ def weighted(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 
 
 def shared(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the values (k,) that a tensor's weights share and the index of each; None if not."""
+    """Return the values (k,) that a tensor's weights share and the index of each; None if not.
+
+    Zeros share nothing: a tensor of which little is left has few values, each its own.
+    """
     values, indices = weight.detach().unique(return_inverse=True)
-    few = len(values) <= min(MOST_SHARED, weight.numel() // 2)
+    kept = int((values != 0).sum())
+    few = len(values) <= MOST_SHARED and 0 < kept <= int(weight.count_nonzero()) // 2
     return (values, indices) if few else None
 
 
