@@ -102,7 +102,7 @@ line to see its layer.</p>
 
 
 def draw_scan(folder: Path) -> list[str]:
-    """Draw a folder's sensitivity.csv, if any, as sensitivity.html; return what it says in lines."""
+    """Draw a folder's sensitivity.csv, if any, as sensitivity.html; return what it says."""
     source = folder / "sensitivity.csv"
     if not source.is_file():
         return []
