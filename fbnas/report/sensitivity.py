@@ -15,9 +15,9 @@ WIDTH, HEIGHT, LEFT, TOP = 560, 400, 64, 12
 COLOURS = {"convolution": "one", "linear": "two", "depthwise": "three"}
 LINES = """
 :root { --three: #3d7a1f; } @media (prefers-color-scheme: dark) { :root { --three: #8fce6a; } }
-polyline { fill: none; stroke-width: 1.5; } polyline.one { stroke: var(--one); }
+polyline[class] { fill: none; stroke-width: 1.5; } polyline.one { stroke: var(--one); }
 polyline.two { stroke: var(--two); } polyline.three { stroke: var(--three); }
-polyline:hover { stroke-width: 4; } li.three::marker { color: var(--three); }
+polyline[class]:hover { stroke-width: 4; } li.three::marker { color: var(--three); }
 table { border-collapse: collapse; } th, td { padding: .15rem .6rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; } td, th { border-top: 1px solid var(--line); }
 """
@@ -117,7 +117,11 @@ def draw_scan(folder: Path) -> list[str]:
 def sentence(kind: str, layers: Sequence[Layer]) -> str:
     """Say how sensitive the layers of a kind are."""
     own = [layer.tolerated for layer in layers if layer.kind == kind]
-    return f"{kind}: median {median(own):.3f}, from {min(own):.3f} to {max(own):.3f}, of {len(own)}"
+    if len(own) == 1:
+        return f"{kind}: {own[0]:.3f}, one layer"
+    return (
+        f"{kind}: median of {len(own)} layers {median(own):.3f}, {min(own):.3f} to {max(own):.3f}"
+    )
 
 
 def _by_layer(rows: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:

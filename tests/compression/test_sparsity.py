@@ -235,7 +235,8 @@ def test_sensitivity_scans_each_layer_alone_and_scales_its_thresholds_to_the_tot
     page = (tmp_path / "sensitivity.html").read_text()
     assert len(re.findall("<polyline class", page)) == len(changes)
     assert "<script" not in page
-    assert any(line.strip().startswith("linear: median") for line in said)
+    assert any(re.match(r"  linear: 0\.\d+, one layer", line) for line in said)
+    assert any(re.match(r"  convolution: median of \d+ layers 0\.", line) for line in said)
     table = list(csv.DictReader((tmp_path / "sparsity.csv").open()))
     assert [int(row["zeros"]) for row in table] == [change.zeros for change in changes]
 
