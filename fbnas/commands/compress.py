@@ -55,8 +55,6 @@ def main(config: dict[str, Any]) -> int:
     )
     accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
     print_steps(report)
-    for line in draw_scan(out.folder):
-        print(line)
     print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
     quantized = _int8_file(config, out.folder, network, card, data) if INT8 in names else {}
     first, last = report.before, report.after
@@ -126,13 +124,14 @@ def compress_and_save(
 ) -> CompressionReport:
     """Compress in place, fine-tuning as `compression.fine_tuning` says, and save the network.
 
-    The first training is kept in `folder`, others in its tuning_02 and so on: `resume` goes on
-    from them.
+    Methods that train from first weights on do it as `training` says. The first training is kept in
+    `folder`, others in its tuning_02 and so on: `resume` goes on from them.
 
     Raises:
         InputError: an unknown option of compression.
     """
-    anew, trainings = TrainingSettings.from_dict(config["training"]), 0
+    fine, anew = tuning(config), TrainingSettings.from_dict(config["training"])
+    trainings = 0
 
     def tune(model: nn.Module, settings: TrainingSettings) -> Any:
         nonlocal trainings
@@ -152,7 +151,7 @@ def compress_and_save(
         network,
         methods,
         input_shape=card.input_shape,
-        train=lambda model: tune(model, tuning(config)),
+        train=lambda model: tune(model, fine),
         train_anew=lambda model, epochs=anew.epochs: tune(model, replace(anew, epochs=epochs)),
         data=data,
         measure=measure,
@@ -160,6 +159,8 @@ def compress_and_save(
         seed=config["seed"],
     )
     save_network(folder, network, card)
+    for line in draw_scan(folder):
+        print(line)
     return report
 
 
