@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-MOST_SHARED = 256  # different values of a tensor of shared weights: an index is one byte
+MOST_SHARED = 256  # different values of a tensor of shared weights, beside 0: an index is one byte
 
 
 @contextmanager
@@ -43,11 +43,11 @@ def weighted(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 def shared(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the values (k,) that a tensor's weights share and the index of each; None if not.
 
-    Zeros share nothing: a tensor of which little is left has few values, each its own.
+    They share them where two weights or more, of those that are not zero, come to a value.
     """
     values, indices = weight.detach().unique(return_inverse=True)
-    kept = int((values != 0).sum())
-    few = len(values) <= MOST_SHARED and 0 < kept <= int(weight.count_nonzero()) // 2
+    weights = int(weight.count_nonzero())
+    few = int(values.count_nonzero()) <= min(MOST_SHARED, weights // 2)
     return (values, indices) if few else None
 
 

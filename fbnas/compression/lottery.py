@@ -257,7 +257,8 @@ def _check_beginning(model: nn.Module, tools: Tools) -> None:
         raise InputError(
             "LotteryTicket got nothing that trains; expected compress_(..., train_anew=FUNCTION)."
         )
-    if any(shared(module.weight) is not None for module in weighted(model)):
+    found = [shared(module.weight) for module in weighted(model)]
+    if any(values is not None and bool(values[0].any()) for values in found):  # not all zeros
         raise InputError(
             "LotteryTicket begins with new weights, which would undo shared ones; expected it "
             "before the method that shares weights."
