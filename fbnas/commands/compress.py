@@ -27,7 +27,7 @@ from fbnas.compression import (
 )
 from fbnas.errors import InputError, check_known
 from fbnas.export import accuracy_of_file, export_onnx
-from fbnas.report.sensitivity import draw_scan
+from fbnas.report.sparsity_scan import draw_scan
 from fbnas.space import NetworkCard, count, load_network, save_network
 from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fbnas.compression.holding import held, shared, weighted
+from fbnas.compression.layer_scan import LayerScan
 from fbnas.compression.lottery import LotteryTicket, Round
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
@@ -18,7 +19,6 @@ from fbnas.compression.quantization import (
     calibration_images,
     quantize_file,
 )
-from fbnas.compression.sensitivity import LayerScan
 from fbnas.compression.sparsity import LayerSparsity, Sparsity
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
@@ -154,7 +154,7 @@ def compress_(
     if input_shape is None:
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
     place = None if folder is None else Path(folder)
-    tools = Tools(input_shape, train, data, measure, place, seed, train_anew)
+    tools = Tools(input_shape, train, data, measure, place, seed, train_anew=train_anew)
     found, applied, snapshots = [facts(model, tools)], list[Applied](), [_copy(model, tools)]
     for each in methods:
         applied.append(each.apply_(model, tools))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from fbnas.compression.layer_scan import LayerScan, scan, write_scan
 from fbnas.compression.magnitude import (
     CONVOLUTION,
     LINEAR,
@@ -25,7 +26,6 @@ from fbnas.compression.magnitude import (
     zero_smallest_,
 )
 from fbnas.compression.method import Applied, Method, Tools
-from fbnas.compression.sensitivity import LayerScan, scan, write_scan
 from fbnas.errors import InputError, unknown
 from fbnas.files import atomic_write
 

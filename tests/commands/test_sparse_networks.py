@@ -65,7 +65,7 @@ def test_sparsity_by_sensitivity_then_a_ticket_then_fewer_channels(
     layers = list(csv.DictReader((out / "sparsity.csv").open()))
     zeros = sum(int(row["zeros"]) for row in layers)
     assert zeros == round(0.5 * sum(int(row["weights"]) for row in layers))
-    assert "<svg" in (out / "sensitivity.html").read_text()
+    assert "<svg" in (out / "sparsity_scan.html").read_text()
     rounds = list(csv.DictReader((out / "lottery.csv").open()))
     assert [float(row["sparsity"]) for row in rounds] == pytest.approx([0.5, 0.6], abs=0.01)
     assert rounds[1]["control_accuracy"]

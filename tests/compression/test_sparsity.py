@@ -23,11 +23,11 @@ from fbnas.compression import (
     shared,
     weighted,
 )
+from fbnas.compression.layer_scan import threshold_at, within
 from fbnas.compression.magnitude import gradual, kind_of, prunable, sparsity_of, zero_smallest_
-from fbnas.compression.sensitivity import threshold_at, within
 from fbnas.errors import InputError
 from fbnas.export import export_onnx
-from fbnas.report.sensitivity import draw_scan, read_scan
+from fbnas.report.sparsity_scan import draw_scan, read_scan
 from fbnas.space import load_network, save_network
 from fbnas.space.depthwise import DepthwiseConv2d
 
@@ -220,9 +220,9 @@ def test_sensitivity_scans_each_layer_alone_and_scales_its_thresholds_to_the_tot
         )
     assert max(low for low, _ in ratios) <= min(high for _, high in ratios) * (1 + 1e-6)
 
-    rows = list(csv.DictReader((tmp_path / "sensitivity.csv").read_text().splitlines()[1:]))
+    rows = list(csv.DictReader((tmp_path / "sparsity_scan.csv").read_text().splitlines()[1:]))
     assert len(rows) == 4 * len(changes)
-    drawn, tolerance = read_scan(tmp_path / "sensitivity.csv")
+    drawn, tolerance = read_scan(tmp_path / "sparsity_scan.csv")
     assert tolerance == method.tolerance
     for layer in drawn:
         scanned = scans[layer.name]
@@ -232,7 +232,7 @@ def test_sensitivity_scans_each_layer_alone_and_scales_its_thresholds_to_the_tot
         )
         assert layer.threshold_std == pytest.approx(scanned.threshold / scanned.std, rel=1e-4)
     said = draw_scan(tmp_path)
-    page = (tmp_path / "sensitivity.html").read_text()
+    page = (tmp_path / "sparsity_scan.html").read_text()
     assert len(re.findall("<polyline class", page)) == len(changes)
     assert "<script" not in page
     assert any(re.match(r"  linear: 0\.\d+, one layer", line) for line in said)
@@ -245,8 +245,8 @@ def test_nothing_is_drawn_where_nothing_was_scanned_and_a_damaged_scan_is_refuse
     tmp_path: Path,
 ) -> None:
     assert draw_scan(tmp_path) == []
-    (tmp_path / "sensitivity.csv").write_text("layer,sparsity\n")
-    with pytest.raises(InputError, match="expected the sensitivity.csv"):
+    (tmp_path / "sparsity_scan.csv").write_text("layer,sparsity\n")
+    with pytest.raises(InputError, match="expected the sparsity_scan.csv"):
         draw_scan(tmp_path)
 
 

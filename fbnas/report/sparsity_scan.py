@@ -37,7 +37,7 @@ class Layer:
 
 
 def read_scan(path: Path) -> tuple[list[Layer], float]:
-    """Read the layers of a sensitivity.csv and its tolerance.
+    """Read the layers of a sparsity_scan.csv and its tolerance.
 
     Raises:
         InputError: not such a file.
@@ -60,13 +60,13 @@ def read_scan(path: Path) -> tuple[list[Layer], float]:
         ]
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: {error} is missing or no number; expected the sensitivity.csv that "
+            f"{path}: {error} is missing or no number; expected the sparsity_scan.csv that "
             "method=sparsity writes."
         ) from error
     return layers, float(tolerance)
 
 
-def write_sensitivity(page: Path, layers: Sequence[Layer], *, tolerance: float) -> Path:
+def write_scan_page(page: Path, layers: Sequence[Layer], *, tolerance: float) -> Path:
     """Write the page; hovering a line shows its layer."""
     whole = layers[0].points[0][1]
     kinds = [kind for kind in COLOURS if any(layer.kind == kind for layer in layers)]
@@ -102,12 +102,12 @@ line to see its layer.</p>
 
 
 def draw_scan(folder: Path) -> list[str]:
-    """Draw a folder's sensitivity.csv, if any, as sensitivity.html; return what it says."""
-    source = folder / "sensitivity.csv"
+    """Draw a folder's sparsity_scan.csv, if any, as sparsity_scan.html; return what it says."""
+    source = folder / "sparsity_scan.csv"
     if not source.is_file():
         return []
     layers, tolerance = read_scan(source)
-    page = write_sensitivity(folder / "sensitivity.html", layers, tolerance=tolerance)
+    page = write_scan_page(folder / "sparsity_scan.html", layers, tolerance=tolerance)
     kinds = [kind for kind in COLOURS if any(layer.kind == kind for layer in layers)]
     return [f"{page}: sparsity within the tolerance of {100 * tolerance:g} points:"] + [
         f"  {sentence(kind, layers)}" for kind in kinds

@@ -18,7 +18,7 @@ from fbnas.files import atomic_write
 from fbnas.training.data import Subset, stratified_order
 from fbnas.training.evaluation import evaluate
 
-SCAN_FILE = "sensitivity.csv"  # which fbnas.report.sensitivity draws
+SCAN_FILE = "sparsity_scan.csv"  # which fbnas.report.sparsity_scan draws
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def threshold_at(weight: torch.Tensor, sparsity: float) -> float:
 
 
 def write_scan(folder: Path, scans: Sequence[LayerScan], *, tolerance: float) -> Path:
-    """Write `sensitivity.csv`, a row per layer and sparsity; `threshold_std` is Han et al.'s q.
+    """Write `sparsity_scan.csv`, a row per layer and sparsity; `threshold_std` is Han et al.'s q.
 
     threshold = q * std of the layer's weights (section 4); it and `tolerated` are the layer's.
     """
