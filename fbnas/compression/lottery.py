@@ -19,6 +19,7 @@ from fbnas.compression.holding import shared, weighted
 from fbnas.compression.magnitude import (
     CONVOLUTION,
     LINEAR,
+    Layers,
     check_layers,
     prunable,
     sparsity_of,
@@ -108,10 +109,7 @@ class LotteryTicket(Method):
         early, trained = self._begin_(model, tools)
         rounds = [Round(0, sparsity_of(layers), _accuracy(model, tools))]
         for number in range(1, self.rounds + 1):
-            kept = (1 - sparsity_of(layers)) * (1 - self.fraction)
-            zero_smallest_(
-                layers, 1 - kept, each=self.scope == "layer", max_sparsity=self.max_sparsity
-            )
+            self._prune_(layers)
             masks = masks_of(model)
             control = self._control(model, masks, tools, number) if self.control else None
             rewind_(model, early, masks)
@@ -121,6 +119,12 @@ class LotteryTicket(Method):
         if tools.folder is not None:
             write_rounds(tools.folder / TABLE_FILE, rounds)
         return Applied(tuple(rounds), trained)
+
+    def _prune_(self, layers: Layers) -> None:
+        groups = [layers] if self.scope == "global" else [{n: x} for n, x in layers.items()]
+        for group in groups:
+            kept = (1 - sparsity_of(group)) * (1 - self.fraction)
+            zero_smallest_(group, 1 - kept, max_sparsity=self.max_sparsity)
 
     def _begin_(self, model: nn.Module, tools: Tools) -> tuple[State, Any]:
         """Leave the network trained; return the weights to rewind to, and what its training did."""

@@ -260,3 +260,14 @@ def test_what_a_ticket_cannot_begin_from_is_refused(tmp_path: Path) -> None:
 def test_settings_of_a_ticket_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         LotteryTicket(**settings)
+
+
+def test_a_ticket_by_layer_takes_the_fraction_of_what_each_has_left() -> None:
+    network = small()
+    with torch.no_grad():
+        network[6].weight[:, :4] = 0
+    method = LotteryTicket(rounds=1, fraction=0.5, scope="layer")
+    trainer = Trainer()
+    compress_(network, method, input_shape=SHAPE, train_anew=trainer)
+    sparse = {name: float((trainer.given[1][name] == 0).float().mean()) for name in PRUNED}
+    assert sparse == {"0.weight": 0.5, "6.weight": 0.75}
