@@ -31,6 +31,7 @@ from fbnas.compression.coding import CODERS
 from fbnas.compression.packing import PACKED_FILE, PAYS_BELOW
 from fbnas.errors import InputError, check_known
 from fbnas.export import accuracy_of_file, export_onnx
+from fbnas.report.sparsity_scan import draw_scan
 from fbnas.space import NetworkCard, count, save_network
 from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate
@@ -128,15 +129,16 @@ def compress_and_save(
 ) -> CompressionReport:
     """Compress in place, fine-tuning as `compression.fine_tuning` says, and save the network.
 
-    The first training is kept in `folder`, others in its tuning_02 and so on: `resume` goes on
-    from them.
+    Methods that train from first weights on do it as `training` says. The first training is kept in
+    `folder`, others in its tuning_02 and so on: `resume` goes on from them.
 
     Raises:
         InputError: an unknown option of compression.
     """
-    settings, trainings = tuning(config), 0
+    fine, anew = tuning(config), TrainingSettings.from_dict(config["training"])
+    trainings = 0
 
-    def tune(model: nn.Module) -> Any:
+    def tune(model: nn.Module, settings: TrainingSettings) -> Any:
         nonlocal trainings
         trainings += 1
         place = folder if trainings == 1 else folder / f"tuning_{trainings:02d}"
@@ -154,7 +156,8 @@ def compress_and_save(
         network,
         methods,
         input_shape=card.input_shape,
-        train=tune,
+        train=lambda model: tune(model, fine),
+        train_anew=lambda model, epochs=anew.epochs: tune(model, replace(anew, epochs=epochs)),
         data=data,
         measure=measure,
         folder=folder,
@@ -162,6 +165,8 @@ def compress_and_save(
         coder=coder_of(config),
     )
     save_network(folder, network, card)
+    for line in draw_scan(folder):
+        print(line)
     return report
 
 

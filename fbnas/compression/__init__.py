@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fbnas.compression.holding import held, shared, weighted
+from fbnas.compression.layer_scan import LayerScan
+from fbnas.compression.lottery import LotteryTicket, Round
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.packing import (
     PackedTensor,
@@ -27,6 +29,7 @@ from fbnas.compression.quantization import (
     calibration_images,
     quantize_file,
 )
+from fbnas.compression.sparsity import LayerSparsity, Sparsity
 from fbnas.compression.weight_sharing import SharedLayer, WeightSharing, sharing_rate
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
@@ -41,10 +44,15 @@ __all__ = [
     "ChannelSet",
     "CompressionReport",
     "Facts",
+    "LayerScan",
+    "LayerSparsity",
+    "LotteryTicket",
     "Method",
     "PackedTensor",
     "QuantizationReport",
+    "Round",
     "SharedLayer",
+    "Sparsity",
     "StaticQuantization",
     "Step",
     "Tools",
@@ -67,7 +75,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.NAME: method for method in (ChannelPruning, WeightSharing)
+    method.NAME: method for method in (ChannelPruning, Sparsity, LotteryTicket, WeightSharing)
 }
 
 
@@ -138,7 +146,8 @@ def compress_(
     method: Method | Sequence[Method],
     *,
     input_shape: tuple[int, int, int] | None = None,
-    train: Callable[[nn.Module], Any] | None = None,
+    train: Callable[..., Any] | None = None,
+    train_anew: Callable[..., Any] | None = None,
     data: "Data | None" = None,
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
     folder: Path | str | None = None,
@@ -153,6 +162,7 @@ def compress_(
     Args:
         input_shape: (c, h, w) of one image; a network of `build_network` knows its own.
         train: fine-tunes a network in place; methods call it as often as they need.
+        train_anew: trains one from its first weights on, `epochs=` long if asked; None: `train`.
         data: as of `load_data`: training images calibrate, validation images judge.
         measure: latencies in milliseconds of networks on the device, timed against each other.
         folder: for what a method leaves beside the network, such as a plot.
@@ -168,7 +178,9 @@ def compress_(
     if input_shape is None:
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
     place = None if folder is None else Path(folder)
-    tools = Tools(input_shape, train, data, measure, place, seed, coder)
+    tools = Tools(
+        input_shape, train, data, measure, place, seed, coder=coder, train_anew=train_anew
+    )
     found, applied, snapshots = [facts(model, tools)], list[Applied](), [_copy(model, tools)]
     for each in methods:
         applied.append(each.apply_(model, tools))

@@ -30,6 +30,8 @@ class Tools:
     Args:
         input_shape: (c, h, w) of one image.
         train: fine-tunes a network in place.
+        train_anew: trains a network in place from its first weights on, as it was trained once;
+            `train_anew(network, epochs=1)` only so long. None: `train` does it.
         data: training images to calibrate on, validation images to decide by; `data.test` is not
             for methods.
         measure: latencies in milliseconds of networks on the device, timed against each other.
@@ -39,12 +41,13 @@ class Tools:
     """
 
     input_shape: tuple[int, int, int]
-    train: Callable[[nn.Module], Any] | None = None
+    train: Callable[..., Any] | None = None
     data: "Data | None" = None
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None
     folder: Path | None = None
     seed: int = 0
     coder: str = "huffman"
+    train_anew: Callable[..., Any] | None = None
 
     def tune(self, model: nn.Module) -> Any:
         """Fine-tune in place and return what `train` did; None where there is none to do it.
@@ -55,6 +58,17 @@ class Tools:
             return None
         with held(model):
             return self.train(model)
+
+    def retrain(self, model: nn.Module, *, epochs: int | None = None) -> Any:
+        """Train in place from the first weights on, and return what `train_anew` did.
+
+        What earlier methods did to the weights holds, as in `tune`.
+        """
+        train = self.train_anew or self.train
+        if train is None:
+            return None
+        with held(model):
+            return train(model) if epochs is None else train(model, epochs=epochs)
 
     def accuracy(self, model: nn.Module) -> float:
         """Return the accuracy on the validation images, 0 to 1.
