@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fbnas.compression.holding import held, shared, weighted
+from fbnas.compression.iterative import IterativePruning, PruningStep
+from fbnas.compression.latency_pruning import ChannelStep, LatencyOutcome, LatencyPruning
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.quantization import (
@@ -19,6 +21,7 @@ from fbnas.compression.quantization import (
 )
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
+from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from fbnas.training.data import Data
@@ -28,9 +31,14 @@ __all__ = [
     "Applied",
     "ChannelPruning",
     "ChannelSet",
+    "ChannelStep",
     "CompressionReport",
     "Facts",
+    "IterativePruning",
+    "LatencyOutcome",
+    "LatencyPruning",
     "Method",
+    "PruningStep",
     "QuantizationReport",
     "StaticQuantization",
     "Step",
@@ -44,7 +52,9 @@ __all__ = [
     "weighted",
 ]
 
-METHODS: dict[str, type[Method]] = {method.NAME: method for method in (ChannelPruning,)}
+METHODS: dict[str, type[Method]] = {
+    method.NAME: method for method in (ChannelPruning, IterativePruning, LatencyPruning)
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ def compress_(
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
     folder: Path | str | None = None,
     seed: int = 0,
+    task: Task = CLASSIFICATION,
 ) -> CompressionReport:
     """Compress a network in place by one method, or by several in their order.
 
@@ -129,9 +140,11 @@ def compress_(
         input_shape: (c, h, w) of one image; a network of `build_network` knows its own.
         train: fine-tunes a network in place; methods call it as often as they need.
         data: as of `load_data`: training images calibrate, validation images judge.
-        measure: latencies in milliseconds of networks on the device, timed against each other.
+        measure: latencies in milliseconds of networks on the device, timed against each other; one
+            with an `input_shape` (c, h, w) is given an image of that.
         folder: for what a method leaves beside the network, such as a plot.
         seed: of everything that is drawn.
+        task: what is asked of the network, where that is not classification.
 
     Raises:
         InputError: no compression method, no input shape, or a method lacks what it needs.
@@ -142,7 +155,7 @@ def compress_(
     if input_shape is None:
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
     place = None if folder is None else Path(folder)
-    tools = Tools(input_shape, train, data, measure, place, seed)
+    tools = Tools(input_shape, train, data, measure, place, seed, task)
     found, applied, snapshots = [facts(model, tools)], list[Applied](), [_copy(model, tools)]
     for each in methods:
         applied.append(each.apply_(model, tools))

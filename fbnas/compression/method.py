@@ -10,6 +10,7 @@ from torch import nn
 
 from fbnas.compression.holding import held
 from fbnas.errors import InputError
+from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from fbnas.training.data import Data
@@ -32,9 +33,11 @@ class Tools:
         train: fine-tunes a network in place.
         data: training images to calibrate on, validation images to decide by; `data.test` is not
             for methods.
-        measure: latencies in milliseconds of networks on the device, timed against each other.
+        measure: latencies in milliseconds of networks on the device, timed against each other; one
+            with an `input_shape` (c, h, w) is given an image of that.
         folder: for what a method wants to leave beside the network, such as a plot.
         seed: of everything that is drawn.
+        task: what is asked of the network: its loss and its metric.
     """
 
     input_shape: tuple[int, int, int]
@@ -43,6 +46,7 @@ class Tools:
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None
     folder: Path | None = None
     seed: int = 0
+    task: Task = CLASSIFICATION
 
     def tune(self, model: nn.Module) -> Any:
         """Fine-tune in place and return what `train` did; None where there is none to do it.
@@ -63,7 +67,7 @@ class Tools:
         from fbnas.training.evaluation import evaluate
 
         data = self.images()
-        return evaluate(model, data.validation, mean=data.mean, std=data.std)[1]
+        return evaluate(model, data.validation, mean=data.mean, std=data.std, task=self.task)[1]
 
     def images(self) -> "Data":
         """Return the data.
