@@ -8,6 +8,7 @@ instead of measuring.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,23 +225,30 @@ class LayerCosts:
         """Return what the layers of a set cost at the given widths."""
         return sum(self.layer_ms(i, widths) for i in self._of_set.get(name, ()))
 
+    def noise_ms(self, name: str) -> float:
+        """Return what two timings of a set's layers differ by, each layer timed in its own run."""
+        times = [
+            self.layer_ms(i, self.full) + self.table.overhead_ms for i in self._of_set.get(name, ())
+        ]
+        return self.table.noise_floor * math.hypot(*times)
+
     def network_ms(self, widths: Mapping[str, int]) -> float:
         """Return what all layers cost at the given widths, and an idle run."""
         layers = sum(self.layer_ms(i, widths) for i in range(len(self.layers)))
         return self.table.overhead_ms + layers
 
 
-def useful(curve: Mapping[int, float], noise: float = 0.0) -> tuple[int, ...]:
+def useful(curve: Mapping[int, float], noise_ms: float = 0.0) -> tuple[int, ...]:
     """Return the widths that are faster than every wider one by more than noise, widest first.
 
     On a staircase these are the tops of the steps: of widths that cost the same, the widest.
 
     Args:
-        curve: milliseconds by width. noise: a fraction of them.
+        curve: milliseconds by width.
     """
     kept: list[int] = []
     for width in sorted(curve, reverse=True):
-        if not kept or curve[width] < (1 - noise) * min(curve[w] for w in curve if w > width):
+        if not kept or curve[width] < min(curve[w] for w in curve if w > width) - noise_ms:
             kept.append(width)
     return tuple(kept)
 

@@ -255,11 +255,10 @@ class Planner:
             own_ms: of the whole network, measured; None takes the sum of its layers.
         """
         planner = cls(ranked, costs, own_ms)
-        noise = costs.table.noise_floor
         for name, offered in widths.items():
             curve = {width: costs.set_ms(name, planner.full | {name: width}) for width in offered}
             planner.timed_ms[name] = curve
-            planner.useful[name] = useful(curve, noise)
+            planner.useful[name] = useful(curve, costs.noise_ms(name))
             ranks = planner.ranked[name]
             order = ranks.importance.sort().values.double() * ranks.unit_size
             for width in offered:

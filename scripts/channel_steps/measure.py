@@ -35,6 +35,7 @@ from fbnas.commands.parts import card_for
 from fbnas.compression import ChannelPruning, LatencyPruning, Tools
 from fbnas.compression.channel_steps import Piece, useful
 from fbnas.latency import Device
+from fbnas.latency.devices import ROUNDS, Measurement
 from fbnas.latency.profiling import one_torch_thread
 from fbnas.space import Architecture, SearchSpace, build_network, count, load_network, save_network
 from fbnas.training import Data, TrainingSettings, evaluate, load_data, train
@@ -65,7 +66,7 @@ def stairs(args: argparse.Namespace) -> None:
                 )
                 for width in WIDTHS
             ]
-            ms = measure_on(Device(precision=precision), args)([*pieces, *pieces])
+            ms = measure_on(precision, args)([*pieces, *pieces])
             again = zip(ms[: len(pieces)], ms[len(pieces) :], strict=True)
             append_rows(
                 path,
@@ -77,12 +78,14 @@ def stairs(args: argparse.Namespace) -> None:
             )  # fmt: skip
 
 
-class Quiet(DeviceMeasure):
+class QuietDevice(Device):
     """Times while it alone holds the lock of FBNAS_LOCK, which others share while they compute."""
 
-    def __call__(self, networks: Sequence[nn.Module]) -> list[float]:
+    def measure_quietly(
+        self, files: Sequence[Path], description: str, *, rounds: int = ROUNDS, seed: int = 0
+    ) -> Measurement:
         with locked(fcntl.LOCK_EX):
-            return super().__call__(networks)
+            return super().measure_quietly(files, description, rounds=rounds, seed=seed)
 
 
 @contextmanager
@@ -96,9 +99,9 @@ def locked(kind: int) -> Iterator[None]:
         yield
 
 
-def measure_on(device: Device, args: argparse.Namespace) -> DeviceMeasure:
+def measure_on(precision: str, args: argparse.Namespace) -> DeviceMeasure:
     args.work.mkdir(parents=True, exist_ok=True)
-    return Quiet(device, (3, 16, 16), args.work, 0)
+    return DeviceMeasure(QuietDevice(precision=precision), (3, 16, 16), args.work, 0)
 
 
 def images(args: argparse.Namespace) -> Data:
@@ -146,7 +149,7 @@ def uniform(
     pruned = copy.deepcopy(network)
     method = ChannelPruning(ratio=ratio, importance="taylor", round_to=args.round_to)
     method.apply_(pruned, Tools((3, 16, 16), data=data, seed=seed))
-    before, after = measure_on(Device(), args)([network, pruned])
+    before, after = measure_on("fp32", args)([network, pruned])
     tune(args, data, pruned, seed)
     record(args, data, pruned, seed, {**row, "fraction": after / before})
 
@@ -160,7 +163,7 @@ def latency_aware(
     goal = float(alike.fraction.iloc[0])
     if is_known(rows_of(args.work / "rows.csv"), seed=seed, **row):
         return
-    pruned, device = copy.deepcopy(network), measure_on(Device(), args)
+    pruned, device = copy.deepcopy(network), measure_on("fp32", args)
     folder = args.work / f"latency_{seed}"  # the layers are timed once for all ratios
     folder.mkdir(exist_ok=True)
     method = LatencyPruning(latency=goal, tolerance=0.01, granularity=args.round_to)
@@ -208,7 +211,7 @@ def report(args: argparse.Namespace) -> None:
               "|---|---|---|---|"]  # fmt: skip
     for (layer, precision), same in found.groupby(["layer", "precision"]):
         noise = float(same.noise.median())
-        kept = useful(dict(zip(same.width, same.ms, strict=True)), noise)
+        kept = useful(dict(zip(same.width, same.ms, strict=True)), noise * float(same.ms.median()))
         widths = ", ".join(map(str, sorted(int(width) for width in kept)))
         lines.append(f"| {layer} | {precision} | {100 * noise:.1f} % | {widths} |")
     args.out.mkdir(parents=True, exist_ok=True)
