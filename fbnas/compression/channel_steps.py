@@ -28,6 +28,7 @@ from fbnas.latency.table_file import Entry, Shape
 
 Measure = Callable[[Sequence[nn.Module]], list[float]]
 
+LEAST_NOISE = 0.01  # the same layer in two files differs by up to that on a quiet machine
 LEAST_MS = 1e-6  # of a layer beside the overhead of a run, so that ratios stay finite
 
 
@@ -230,7 +231,7 @@ class LayerCosts:
         times = [
             self.layer_ms(i, self.full) + self.table.overhead_ms for i in self._of_set.get(name, ())
         ]
-        return self.table.noise_floor * math.hypot(*times)
+        return max(self.table.noise_floor, LEAST_NOISE) * math.hypot(*times)
 
     def network_ms(self, widths: Mapping[str, int]) -> float:
         """Return what all layers cost at the given widths, and an idle run."""
