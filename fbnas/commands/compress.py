@@ -179,6 +179,7 @@ class DeviceMeasure:
         return self.device.fingerprint()
 
     def __call__(self, networks: Sequence[nn.Module]) -> list[float]:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             files = [Path(place) / f"{i:03d}{self.device.suffix}" for i in range(len(networks))]
             with progress("Converting", total=len(files)) as advance:

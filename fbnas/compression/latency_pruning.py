@@ -62,6 +62,7 @@ class LatencyPruning(Method):
 
     NAME: ClassVar[str] = "latency_pruning"
     SECTION: ClassVar[str] = "latency_pruning"
+    MEASURES: ClassVar[bool] = True
 
     latency: float = 0.7
     importance: str = "taylor"

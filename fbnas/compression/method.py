@@ -83,11 +83,13 @@ class Tools:
 class Method(ABC):
     """A way to make a network smaller or quicker: a frozen dataclass of its options.
 
-    NAME: as in `fbnas compress method=NAME`. SECTION: of the options in `compression`.
+    NAME: as in `fbnas compress method=NAME`. SECTION: of the options in `compression`. MEASURES:
+    whether it asks `tools.measure` to decide.
     """
 
     NAME: ClassVar[str]
     SECTION: ClassVar[str]
+    MEASURES: ClassVar[bool] = False
 
     @abstractmethod
     def apply_(self, model: nn.Module, tools: Tools) -> Applied:

@@ -1,6 +1,7 @@
 """fbnas compress by steps and to a latency: stopped at some step of training, resumed, the same."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from tiny_run import SPACE
 from torch import nn
 
 from fbnas.commands import main
+from fbnas.commands.composition import compose_single
 from fbnas.commands.compress import DeviceMeasure
+from fbnas.commands.stages import Judge, Stage, _compressed
+from fbnas.latency import Device
 from fbnas.space import (
     Architecture,
     NetworkCard,
@@ -166,3 +170,20 @@ def test_a_latency_out_of_reach_is_refused_in_a_line(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fbnas")]
     assert "latency is 0.01 of" in line
     assert "raise max_ratio" in line
+
+
+def test_a_stage_of_a_run_measures_for_the_methods_that_ask(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Busy(monkeypatch)
+    shutil.copytree(network, tmp_path / "train")
+    config = compose_single("run", [*LATENCY[1:], *SMALL, "compression.pruning.round_to=4"])
+    judge = Judge(config, tmp_path, load_data("digits", limit=320), Device())
+    trained = Stage("fp32", tmp_path / "fp32.onnx", "train", 0, 0, 0.0)
+    (tmp_path / "models").mkdir()
+    assert _compressed("latency_pruning", trained, judge, resume=False).params > 0
+    assert (tmp_path / "latency_pruning" / "channel_steps.csv").is_file()
+    asked = len(device.asked)
+    assert asked > 2
+    assert _compressed("channel_pruning", trained, judge, resume=False).params > 0
+    assert len(device.asked) == asked
