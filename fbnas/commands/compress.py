@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from fbnas.compression.coding import CODERS
 from fbnas.compression.packing import PACKED_FILE, PAYS_BELOW
 from fbnas.errors import InputError, check_known
 from fbnas.export import accuracy_of_file, export_onnx
+from fbnas.latency.profiling import AnyDevice
+from fbnas.progress import progress
 from fbnas.report.sparsity_scan import draw_scan
 from fbnas.space import NetworkCard, count, save_network
 from fbnas.training.data import Data
@@ -170,21 +172,41 @@ def compress_and_save(
     return report
 
 
-def measuring(
-    config: dict[str, Any], card: NetworkCard, folder: Path
-) -> Callable[[Sequence[nn.Module]], list[float]]:
-    """Return what times networks on the device of `device=`, against each other."""
-    device = device_of(config)
+@dataclass(frozen=True)
+class DeviceMeasure:
+    """Times networks on a device against each other; one with an `input_shape` at that.
 
-    def measure(networks: Sequence[nn.Module]) -> list[float]:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            files = [Path(place) / f"{i:03d}{device.suffix}" for i in range(len(networks))]
-            for network, file in zip(networks, files, strict=True):
-                device.compile(network, card.input_shape, file)
-            found = device.measure_quietly(files, "Timing before and after", seed=config["seed"])
+    folder: for their files, while they are timed.
+    """
+
+    device: AnyDevice
+    input_shape: tuple[int, int, int]
+    folder: Path
+    seed: int
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What the latencies depend on."""
+        return self.device.fingerprint()
+
+    def __call__(self, networks: Sequence[nn.Module]) -> list[float]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            files = [Path(place) / f"{i:03d}{self.device.suffix}" for i in range(len(networks))]
+            with progress("Converting", total=len(files)) as advance:
+                for network, file in zip(networks, files, strict=True):
+                    shape = getattr(network, "input_shape", self.input_shape)
+                    self.device.compile(network, shape, file)
+                    advance(1)
+            found = self.device.measure_quietly(
+                files, f"Timing {len(files)} networks", seed=self.seed
+            )
         return [timing.latency_ms for timing in found.whole]
 
-    return measure
+
+def measuring(config: dict[str, Any], card: NetworkCard, folder: Path) -> DeviceMeasure:
+    """Return what times networks on the device of `device=`, against each other."""
+    return DeviceMeasure(device_of(config), card.input_shape, folder, config["seed"])
 
 
 def print_steps(report: CompressionReport) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fbnas.commands.compress import (
     INT8,
+    DeviceMeasure,
     build_method,
     compress_and_save,
     method_names,
@@ -96,14 +97,17 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage:
     stage = STAGES.get(name, name)
     if not (run.folder / stage / "network.yaml").is_file():
         network, card = load_network(run.folder / best.network)
+        method, folder = build_method(name, run.config), run.folder / stage
+        timing = DeviceMeasure(run.device, card.input_shape, folder, run.config["seed"])
         compress_and_save(
             network,
             card,
             run.data,
             run.config,
-            run.folder / stage,
-            methods=[build_method(name, run.config)],
+            folder,
+            methods=[method],
             resume=resume,
+            measure=timing if method.MEASURES else None,
         )
     return _exported(stage, stage, run.folder, run.data, run.device)
 

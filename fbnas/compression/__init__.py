@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fbnas.compression.holding import held, shared, weighted
+from fbnas.compression.iterative import IterativePruning, PruningStep
+from fbnas.compression.latency_pruning import ChannelStep, LatencyOutcome, LatencyPruning
 from fbnas.compression.layer_scan import LayerScan
 from fbnas.compression.lottery import LotteryTicket, Round
 from fbnas.compression.method import Applied, Method, Tools
@@ -33,6 +35,7 @@ from fbnas.compression.sparsity import LayerSparsity, Sparsity
 from fbnas.compression.weight_sharing import SharedLayer, WeightSharing, sharing_rate
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
+from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from fbnas.training.data import Data
@@ -42,13 +45,18 @@ __all__ = [
     "Applied",
     "ChannelPruning",
     "ChannelSet",
+    "ChannelStep",
     "CompressionReport",
     "Facts",
+    "IterativePruning",
+    "LatencyOutcome",
+    "LatencyPruning",
     "LayerScan",
     "LayerSparsity",
     "LotteryTicket",
     "Method",
     "PackedTensor",
+    "PruningStep",
     "QuantizationReport",
     "Round",
     "SharedLayer",
@@ -75,7 +83,15 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.NAME: method for method in (ChannelPruning, Sparsity, LotteryTicket, WeightSharing)
+    method.NAME: method
+    for method in (
+        ChannelPruning,
+        IterativePruning,
+        LatencyPruning,
+        Sparsity,
+        LotteryTicket,
+        WeightSharing,
+    )
 }
 
 
@@ -153,6 +169,7 @@ def compress_(
     folder: Path | str | None = None,
     seed: int = 0,
     coder: str = "huffman",
+    task: Task = CLASSIFICATION,
 ) -> CompressionReport:
     """Compress a network in place by one method, or by several in their order.
 
@@ -164,10 +181,12 @@ def compress_(
         train: fine-tunes a network in place; methods call it as often as they need.
         train_anew: trains one from its first weights on, `epochs=` long if asked; None: `train`.
         data: as of `load_data`: training images calibrate, validation images judge.
-        measure: latencies in milliseconds of networks on the device, timed against each other.
+        measure: latencies in milliseconds of networks on the device, timed against each other; one
+            with an `input_shape` (c, h, w) is given an image of that.
         folder: for what a method leaves beside the network, such as a plot.
         seed: of everything that is drawn.
         coder: of `pack`, by which networks are weighed.
+        task: what is asked of the network, where that is not classification.
 
     Raises:
         InputError: no compression method, no input shape, or a method lacks what it needs.
@@ -179,7 +198,15 @@ def compress_(
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
     place = None if folder is None else Path(folder)
     tools = Tools(
-        input_shape, train, data, measure, place, seed, coder=coder, train_anew=train_anew
+        input_shape,
+        train,
+        data,
+        measure,
+        place,
+        seed,
+        coder=coder,
+        train_anew=train_anew,
+        task=task,
     )
     found, applied, snapshots = [facts(model, tools)], list[Applied](), [_copy(model, tools)]
     for each in methods:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fbnas.compression.holding import held
 from fbnas.errors import InputError
+from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from fbnas.training.data import Data
@@ -34,10 +35,12 @@ class Tools:
             `train_anew(network, epochs=1)` only so long. None: `train` does it.
         data: training images to calibrate on, validation images to decide by; `data.test` is not
             for methods.
-        measure: latencies in milliseconds of networks on the device, timed against each other.
+        measure: latencies in milliseconds of networks on the device, timed against each other; one
+            with an `input_shape` (c, h, w) is given an image of that.
         folder: for what a method wants to leave beside the network, such as a plot.
         seed: of everything that is drawn.
         coder: of `pack`, by which networks are weighed.
+        task: what is asked of the network: its loss and its metric.
     """
 
     input_shape: tuple[int, int, int]
@@ -48,6 +51,7 @@ class Tools:
     seed: int = 0
     coder: str = "huffman"
     train_anew: Callable[..., Any] | None = None
+    task: Task = CLASSIFICATION
 
     def tune(self, model: nn.Module) -> Any:
         """Fine-tune in place and return what `train` did; None where there is none to do it.
@@ -79,7 +83,7 @@ class Tools:
         from fbnas.training.evaluation import evaluate
 
         data = self.images()
-        return evaluate(model, data.validation, mean=data.mean, std=data.std)[1]
+        return evaluate(model, data.validation, mean=data.mean, std=data.std, task=self.task)[1]
 
     def images(self) -> "Data":
         """Return the data.
@@ -95,11 +99,13 @@ class Tools:
 class Method(ABC):
     """A way to make a network smaller or quicker: a frozen dataclass of its options.
 
-    NAME: as in `fbnas compress method=NAME`. SECTION: of the options in `compression`.
+    NAME: as in `fbnas compress method=NAME`. SECTION: of the options in `compression`. MEASURES:
+    whether it asks `tools.measure` to decide.
     """
 
     NAME: ClassVar[str]
     SECTION: ClassVar[str]
+    MEASURES: ClassVar[bool] = False
 
     @abstractmethod
     def apply_(self, model: nn.Module, tools: Tools) -> Applied:

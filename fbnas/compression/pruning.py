@@ -7,14 +7,17 @@ as one.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fbnas.compression.method import Applied, Method, Tools
+from fbnas.compression.saliency import channel_sums, hessian, is_depthwise, taylor
 from fbnas.errors import InputError, unknown
 from fbnas.space.blocks import ChannelShuffle
 
@@ -29,12 +32,16 @@ class ChannelPruning(Method):
         ratio: the fraction of channels to remove, 0 <= ratio < 1: of each set of coupled layers,
             or with `global_` of the whole network.
         importance: magnitude (L2 norm of all weights of a channel), l1 (L1 norm), bn_scale (batch
-            normalisation's weights; Liu et al. 2017, arXiv 1708.06519) or random (a baseline).
+            normalisation's weights; Liu et al. 2017, arXiv 1708.06519), taylor (what the squared
+            loss changes by without them, to first order; Molchanov et al. 2019, arXiv 1906.10771),
+            hessian (what the loss rises by, to second order: Optimal Brain Damage, LeCun et al.
+            1990) or random (a baseline).
         round_to: kept channels are the nearest multiple of it (the larger one when in doubt), which
             vector units profit from. A set of layers narrower than that is left alone.
         global_: rank the channels of the whole network against each other.
         max_ratio: with `global_`, no set of layers loses more than this fraction.
         seed: of the random importance.
+        images: training images that taylor and hessian look at, drawn by the seed of all.
     """
 
     NAME: ClassVar[str] = "channel_pruning"
@@ -46,19 +53,21 @@ class ChannelPruning(Method):
     global_: bool = False
     max_ratio: float = 0.75
     seed: int = 0
+    images: int = 256
 
     def __post_init__(self) -> None:
         for name, value in (("ratio", self.ratio), ("max_ratio", self.max_ratio)):
             if not 0 <= value < 1:
                 raise InputError(f"{name} is {value}; expected a fraction, 0 <= {name} < 1.")
-        if self.round_to < 1:
-            raise InputError(f"round_to is {self.round_to}; expected a whole number of at least 1.")
+        for name, number in (("round_to", self.round_to), ("images", self.images)):
+            if number < 1:
+                raise InputError(f"{name} is {number}; expected a whole number of at least 1.")
         if self.importance not in IMPORTANCES:
             raise unknown("importance", self.importance, IMPORTANCES)
 
     def apply_(self, model: nn.Module, tools: Tools) -> Applied:
         """Remove the channels, then fine-tune."""
-        changes = prune_(model, self, input_shape=tools.input_shape)
+        changes = prune_(model, self, tools)
         return Applied(changes, tools.tune(model))
 
 
@@ -80,22 +89,40 @@ class ChannelSet:
 
 
 @dataclass(frozen=True)
-class _Ranked:
+class Member:
+    """A layer of a set: how many of its output and input channels a channel of the set is."""
+
+    name: str
+    outputs: int = 0
+    inputs: int = 0
+
+
+@dataclass(frozen=True)
+class Ranked:
     """A set of coupled layers with its units: channels that may only leave together."""
 
-    root: nn.Module
-    name: str
+    name: str  # of its first layer
     channels: int
     units: tuple[tuple[int, ...], ...]
-    importance: Tensor  # (units,), mean 1 over the set
+    importance: Tensor  # (units,), of a channel of each: mean 1 over the set, or in units of loss
+    members: tuple[Member, ...] = field(default=(), repr=False)
 
     @property
     def unit_size(self) -> int:
         return len(self.units[0])
 
+    def least(self, count: int) -> tuple[int, ...]:
+        """Return the `count` least important channels, or as many as whole units allow."""
+        order = self.importance.argsort(stable=True)[: count // self.unit_size]
+        return tuple(sorted(channel for unit in order.tolist() for channel in self.units[unit]))
+
 
 def prune_(
-    model: nn.Module, method: ChannelPruning, *, input_shape: tuple[int, int, int]
+    model: nn.Module,
+    method: ChannelPruning,
+    tools: Tools,
+    *,
+    full: Mapping[str, int] | None = None,
 ) -> tuple[ChannelSet, ...]:
     """Prune in place; returns what was done to each set of coupled layers.
 
@@ -103,58 +130,114 @@ def prune_(
     or re-estimate them, before judging the network.
 
     Args:
-        input_shape: (c, h, w) of one image.
+        full: channels by name of the set that the ratios are fractions of; those that are there
+            where it says nothing.
+
+    Raises:
+        InputError: taylor and hessian, and there are no images.
     """
-    modes = {module: module.training for module in model.modules()}
-    graph = _dependency_graph(model, input_shape)
-    ranked = list(_ranked_sets(graph, method))
-    sets = plan(ranked, method)
-    for found, planned in zip(ranked, sets, strict=True):
-        if planned.removed:
-            prune_out = graph.get_pruner_of_module(found.root).prune_out_channels
-            graph.get_pruning_group(found.root, prune_out, list(planned.removed)).prune()
-            logger.info("%s: %d -> %d channels", planned.layer, planned.before, planned.after)
-    for module, training in modes.items():
-        module.training = training
+    with _modes_kept(model):
+        graph, ranked = rank(model, method, tools)
+        sets = plan(ranked, method, full=full)
+        remove_(graph, sets)
     return sets
 
 
-def plan(ranked: Sequence[_Ranked], method: ChannelPruning) -> tuple[ChannelSet, ...]:
-    """Choose the channels to remove, without touching the network."""
-    threshold = _global_threshold(ranked, method.ratio) if method.global_ else None
+def rank(model: nn.Module, method: ChannelPruning, tools: Tools) -> tuple[Any, tuple[Ranked, ...]]:
+    """Return the dependency graph and the sets of coupled layers, their channels judged.
+
+    Raises:
+        InputError: taylor and hessian, and there are no images.
+    """
+    with _modes_kept(model):
+        graph = _dependency_graph(model, tools.input_shape)
+        return graph, tuple(_ranked_sets(graph, method, tools))
+
+
+def remove_(graph: Any, sets: Sequence[ChannelSet]) -> None:
+    """Remove the planned channels from the network of the graph."""
+    for planned in sets:
+        if planned.removed:
+            root = graph.model.get_submodule(planned.layer)
+            prune_out = graph.get_pruner_of_module(root).prune_out_channels
+            graph.get_pruning_group(root, prune_out, list(planned.removed)).prune()
+            logger.info("%s: %d -> %d channels", planned.layer, planned.before, planned.after)
+
+
+def plan(
+    ranked: Sequence[Ranked], method: ChannelPruning, *, full: Mapping[str, int] | None = None
+) -> tuple[ChannelSet, ...]:
+    """Choose the channels to remove, without touching the network; `full` as in `prune_`."""
+    widths = [(full or {}).get(found.name, found.channels) for found in ranked]
+    threshold = _global_threshold(ranked, method.ratio, widths) if method.global_ else None
     sets = []
-    for found in ranked:
+    for found, width in zip(ranked, widths, strict=True):
         if threshold is None:
-            wanted = found.channels * (1 - method.ratio)
+            wanted = width * (1 - method.ratio)
         else:
             wanted = float((found.importance >= threshold).sum()) * found.unit_size
-            wanted = max(wanted, found.channels * (1 - method.max_ratio))
+            wanted = max(wanted, width * (1 - method.max_ratio))
         kept = _nearest_width(found, wanted, method.round_to) if method.ratio else found.channels
-        order = found.importance.argsort(stable=True)[: (found.channels - kept) // found.unit_size]
-        removed = sorted(channel for unit in order.tolist() for channel in found.units[unit])
-        sets.append(ChannelSet(found.name, found.channels, tuple(removed)))
+        removed = found.least(found.channels - kept)
+        sets.append(ChannelSet(found.name, found.channels, removed))
     return tuple(sets)
 
 
-def _global_threshold(ranked: Sequence[_Ranked], ratio: float) -> float:
-    """Return the importance under which `ratio` of all channels lie."""
+def without(model: nn.Module, sets: Sequence[ChannelSet], tools: Tools) -> nn.Module:
+    """Return a copy of a network without the planned channels."""
+    smaller = deepcopy(model)
+    with _modes_kept(smaller):
+        remove_(_dependency_graph(smaller, tools.input_shape), sets)
+    return smaller
+
+
+def become_(model: nn.Module, other: nn.Module) -> None:
+    """Make every module of a network what it is in a changed copy, sharing the copy's tensors."""
+    for mine, theirs in zip(model.modules(), other.modules(), strict=True):
+        inside = vars(mine)["_modules"]
+        vars(mine).update(vars(theirs))
+        vars(mine)["_modules"] = inside
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _global_threshold(ranked: Sequence[Ranked], ratio: float, widths: Sequence[int]) -> float:
+    """Return the importance under which those channels lie that leave `ratio` of `widths`."""
     if not ranked:
         return 0.0
     channels = torch.cat([r.importance.repeat_interleave(r.unit_size) for r in ranked])
-    return float(channels.quantile(ratio))
+    gone = 1 - len(channels) / sum(widths)
+    return float(channels.quantile(max(ratio - gone, 0.0) / (1 - gone)))
 
 
-def _nearest_width(found: _Ranked, wanted: float, round_to: int) -> int:
-    widths = [
+def widths_of(found: Ranked, multiple: int) -> list[int]:
+    """Return the widths, multiples of a number, that whole units leave of a set, narrowest first.
+
+    The set's own width is one of them only where it is such a multiple.
+    """
+    size = found.unit_size
+    return [
         width
-        for width in range(found.channels % found.unit_size, found.channels + 1, found.unit_size)
-        if width > 0 and width % round_to == 0
+        for width in range(found.channels % size, found.channels + 1, size)
+        if width > 0 and width % multiple == 0
     ]
+
+
+def _nearest_width(found: Ranked, wanted: float, round_to: int) -> int:
+    widths = widths_of(found, round_to)
     return min(widths, key=lambda width: (abs(width - wanted), -width), default=found.channels)
 
 
-def _ranked_sets(graph: Any, method: ChannelPruning) -> Iterator[_Ranked]:
-    score = IMPORTANCES[method.importance](method.seed)
+def _ranked_sets(graph: Any, method: ChannelPruning, tools: Tools) -> Iterator[Ranked]:
+    score = IMPORTANCES[method.importance](graph, method, tools)
     names = {module: name for name, module in graph.model.named_modules()}
     for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
         if _reaches_output(graph, group):
@@ -165,8 +248,30 @@ def _ranked_sets(graph: Any, method: ChannelPruning) -> Iterator[_Ranked]:
             continue  # no number of units keeps every group of channels equally wide
         importance = score(group).detach().cpu()
         by_unit = torch.stack([importance[list(unit)].mean() for unit in units])
+        if method.importance not in IN_UNITS_OF_LOSS and by_unit.mean() > 0:
+            by_unit = by_unit / by_unit.mean()
         root = group[0].dep.target.module
-        yield _Ranked(root, names[root], channels, units, by_unit / by_unit.mean())
+        yield Ranked(names[root], channels, units, by_unit, _members(graph, group, names))
+
+
+def _members(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> tuple[Member, ...]:
+    """Return the convolutions and linear layers of a set, each once."""
+    channels = len(group[0].idxs)
+    outputs: dict[nn.Module, int] = {}
+    inputs: dict[nn.Module, int] = {}
+    for item in group:
+        module = item.dep.target.module
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        outgoing = graph.is_out_channel_pruning_fn(item.dep.handler)
+        if outgoing or is_depthwise(module):
+            outputs[module] = len(item.idxs) // channels
+        if not outgoing or is_depthwise(module):
+            inputs[module] = len(item.idxs) // channels
+    return tuple(
+        Member(names[module], outputs.get(module, 0), inputs.get(module, 0))
+        for module in dict.fromkeys([*outputs, *inputs])
+    )
 
 
 def _reaches_output(graph: Any, group: Any) -> bool:
@@ -278,32 +383,52 @@ class _Permutation:
         return [index._replace(idx=self.places[index.idx]) for index in indices]
 
 
-def _magnitude(_: int) -> Callable[[Any], Tensor]:
+Score = Callable[[Any], Tensor]  # from a group to a number per channel
+
+
+def _magnitude(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
     from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
     return GroupMagnitudeImportance(p=2)
 
 
-def _l1(_: int) -> Callable[[Any], Tensor]:
+def _l1(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
     from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
     return GroupMagnitudeImportance(p=1)
 
 
-def _bn_scale(_: int) -> Callable[[Any], Tensor]:
+def _bn_scale(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
     from torch_pruning.pruner.importance import BNScaleImportance
 
     return BNScaleImportance()
 
 
-def _random(seed: int) -> Callable[[Any], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def _random(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
+    generator = torch.Generator().manual_seed(method.seed)
     return lambda group: torch.rand(len(group[0].idxs), generator=generator)
 
 
-IMPORTANCES: dict[str, Callable[[int], Callable[[Any], Tensor]]] = {
+def _taylor(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
+    found = taylor(graph.model, tools, images=method.images, seed=tools.seed)
+
+    def score(group: Any) -> Tensor:
+        return torch.stack([channel_sums(graph, group, x).square() for x in found]).mean(0).float()
+
+    return score
+
+
+def _hessian(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
+    found = hessian(graph.model, tools, images=method.images, seed=tools.seed)
+    return lambda group: channel_sums(graph, group, found).float()
+
+
+IMPORTANCES: dict[str, Callable[[Any, ChannelPruning, Tools], Score]] = {
     "magnitude": _magnitude,
     "l1": _l1,
     "bn_scale": _bn_scale,
+    "taylor": _taylor,
+    "hessian": _hessian,
     "random": _random,
 }
+IN_UNITS_OF_LOSS = ("taylor", "hessian")  # so that sets can be compared as they are

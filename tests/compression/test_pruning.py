@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from digits_network import Trained, accuracy, fit
+from random_images import random_images
 from torch import Tensor, nn
 
-from fbnas.compression import ChannelPruning, ChannelSet, CompressionReport, compress_
+from fbnas.compression import ChannelPruning, ChannelSet, CompressionReport, Tools, compress_
 from fbnas.compression.pruning import IMPORTANCES, prune_
 from fbnas.errors import InputError
 from fbnas.space import (
@@ -33,6 +34,7 @@ SPACE = SearchSpace(
     head=64,
 )
 SHAPE = (3, 16, 16)
+NOISE = random_images(3, 16, count=32)
 # Every block where the shape stays, where it changes, and beside others in one residual stream.
 CHAINS = [(name,) * 5 for name in sorted(BLOCKS)] + [
     ("skip", "k5_e1_g2", "skip", "k3_e6", "k3_e1_g2"),
@@ -91,15 +93,20 @@ def silence_half_(network: Network) -> None:
         silence_(block.project, streams[layer.stage])
 
 
-@pytest.mark.parametrize("blocks", CHAINS, ids=" ".join)
-def test_dead_channels_leave_without_a_trace(blocks: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "importance"),
+    [*((blocks, "bn_scale") for blocks in CHAINS)]
+    + [(blocks, name) for blocks in CHAINS[9:] for name in ("taylor", "hessian")],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_dead_channels_leave_without_a_trace(blocks: tuple[str, ...], importance: str) -> None:
     network = network_of(blocks)
     silence_half_(network)
     before = channel_counts(network)
     with torch.no_grad():
         expected = network(images())
-        method = ChannelPruning(ratio=0.5, importance="bn_scale", round_to=4)
-        compress_(network, method, input_shape=SHAPE)
+        method = ChannelPruning(ratio=0.5, importance=importance, round_to=4)
+        compress_(network, method, input_shape=SHAPE, data=NOISE)
         found = network(images())
     assert expected.std() > 0
     assert channel_counts(network) == [channels // 2 for channels in before]
@@ -152,7 +159,7 @@ def test_pruned_network_is_smaller_and_keeps_its_promises(
 ) -> None:
     network = network_of(blocks)
     method = ChannelPruning(ratio=0.4, importance=importance, round_to=8, global_=global_)
-    report = compress_(network, method, input_shape=SHAPE)
+    report = compress_(network, method, input_shape=SHAPE, data=NOISE)
     assert network(images(2)).shape == (2, 10)
     assert network.classifier.linear.out_features == 10
     assert network.stem[0].in_channels == 3
@@ -182,7 +189,7 @@ def test_pruned_network_survives_its_files(blocks: tuple[str, ...], tmp_path: Pa
 def test_modes_of_modules_are_left_alone() -> None:
     network = network_of(CHAINS[0]).train()
     network.head.eval()
-    prune_(network, ChannelPruning(), input_shape=SHAPE)
+    prune_(network, ChannelPruning(), Tools(SHAPE))
     assert network.stem.training
     assert not network.head[1].training
 
@@ -256,6 +263,7 @@ def test_the_type_of_the_method_chooses_and_unknown_ones_are_refused() -> None:
         ({"ratio": 1.0}, r"ratio is 1\.0; expected a fraction"),
         ({"max_ratio": -0.1}, r"max_ratio is -0\.1; expected a fraction"),
         ({"round_to": 0}, "round_to is 0; expected a whole number"),
+        ({"images": 0}, "images is 0; expected a whole number"),
         ({"importance": "magnitud"}, "Did you mean 'magnitude'"),
     ],
 )
