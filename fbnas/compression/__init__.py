@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fbnas.compression.fixed_point import FixedPoint
 from fbnas.compression.holding import held, shared, weighted
+from fbnas.compression.low_rank import LowRank
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.quantization import (
@@ -17,6 +19,7 @@ from fbnas.compression.quantization import (
     calibration_images,
     quantize_file,
 )
+from fbnas.compression.ternary import Ternary, pack_ternary, unpack_ternary
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
 
@@ -30,21 +33,28 @@ __all__ = [
     "ChannelSet",
     "CompressionReport",
     "Facts",
+    "FixedPoint",
+    "LowRank",
     "Method",
     "QuantizationReport",
     "StaticQuantization",
     "Step",
+    "Ternary",
     "Tools",
     "calibration_images",
     "compress_",
     "facts",
     "held",
+    "pack_ternary",
     "quantize_file",
     "shared",
+    "unpack_ternary",
     "weighted",
 ]
 
-METHODS: dict[str, type[Method]] = {method.NAME: method for method in (ChannelPruning,)}
+METHODS: dict[str, type[Method]] = {
+    method.NAME: method for method in (ChannelPruning, LowRank, Ternary, FixedPoint)
+}
 
 
 @dataclass(frozen=True)
