@@ -136,20 +136,13 @@ def _round_parameters_(
 
 
 def _fraction(tensors: Sequence[Tensor], method: FixedPoint) -> int:
-    """Choose one fractional length for all the tensors given.
-
-    Errors are relative to each tensor's own squares, so that none is forgotten for its small size.
-    """
+    """Choose one fractional length for all the tensors given."""
     shortest = min(longest_fraction(values, method.bits) for values in tensors)
     if not method.saturate:
         return shortest
 
     def error(fraction: int) -> float:
-        return sum(
-            float((x - round_to(x, method.bits, fraction)).square().sum() / x.square().sum())
-            for x in tensors
-            if x.any()
-        )
+        return sum(float((x - round_to(x, method.bits, fraction)).square().sum()) for x in tensors)
 
     return min(range(shortest, shortest + method.candidates), key=error)
 
