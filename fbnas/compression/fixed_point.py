@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fbnas.compression.dataflow import Call, layer_calls
-from fbnas.compression.folding import fold_
 from fbnas.compression.method import Applied, Method
+from fbnas.compression.norm_folding import fold_
 from fbnas.compression.responses import inputs_of, judged, training_images
 from fbnas.errors import InputError
 from fbnas.space.structure import Rounding

@@ -6,7 +6,7 @@ from digits_network import Trained
 from torch import Tensor, nn
 
 from fbnas.compression.dataflow import Call, layer_calls
-from fbnas.compression.folding import fold_
+from fbnas.compression.norm_folding import fold_
 
 SHAPE = (3, 8, 8)
 

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,9 +60,9 @@ def test_ends_of_a_format() -> None:
     assert longest_fraction(torch.zeros(3), 8) == 7
 
 
-def rounded(trained: Trained, **settings: object) -> tuple[nn.Module, object]:
+def rounded(trained: Trained, **settings: Any) -> tuple[nn.Module, Any]:
     network = copy.deepcopy(trained.network)
-    return network, compress_(network, FixedPoint(**settings), data=trained.data)  # type: ignore[arg-type]
+    return network, compress_(network, FixedPoint(**settings), data=trained.data)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
@@ -88,23 +89,19 @@ def test_everything_that_is_multiplied_is_on_its_grid(trained: Trained, static: 
 
 
 def test_dynamic_formats_beat_static_ones(trained: Trained) -> None:
-    """Measured: 8 bits 0.993 and 0.993, 6 bits 0.979 and 0.944, 4 bits 0.663 and 0.076 (static)."""
-    found = {
-        (bits, static): rounded(trained, bits=bits, static=static)[1].after.accuracy
-        for bits in (8, 6, 4)
-        for static in (False, True)
-    }
-    assert found[8, False] > trained_accuracy(trained) - 0.01
-    for bits in (8, 6, 4):
-        assert found[bits, False] >= found[bits, True] - 0.005
-    assert found[6, False] > found[4, False]
-    assert found[4, False] > found[4, True] + 0.1
+    """Validation accuracy, in floats 0.930, dynamic and static: the fewer bits the farther apart.
 
-
-def trained_accuracy(trained: Trained) -> float:
-    return compress_(
-        copy.deepcopy(trained.network), FixedPoint(bits=16), data=trained.data
-    ).before.accuracy
+    Measured: 8 bits 0.937 and 0.937, 6 bits 0.882 and 0.847, 5 bits 0.847 and 0.275.
+    """
+    found = {}
+    for bits in (8, 6, 5):
+        for static in (False, True):
+            report = rounded(trained, bits=bits, static=static)[1]
+            found[bits, static] = report.after.accuracy
+    assert found[8, False] > report.before.accuracy - 0.01
+    assert found[6, False] > report.before.accuracy - 0.1
+    assert found[6, False] > found[6, True]
+    assert found[5, False] > found[5, True] + 0.2
 
 
 def test_saturating_weights_have_less_squared_error(trained: Trained) -> None:
