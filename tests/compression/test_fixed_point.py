@@ -4,10 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from digits_network import Trained
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fbnas.compression import ChannelPruning, FixedPoint, LowRank, compress_
@@ -105,27 +105,26 @@ def test_dynamic_formats_beat_static_ones(trained: Trained) -> None:
 
 
 def test_saturating_weights_have_less_squared_error(trained: Trained) -> None:
-    exact, _ = rounded(trained, bits=16)
-    errors = []
-    for saturate in (False, True):
-        network, report = rounded(trained, bits=4, saturate=saturate)
-        names = [change.layer for change in report.changes]
-        errors.append(
-            np.array([
-                float((exact.get_submodule(n)[1].weight - network.get_submodule(n)[1].weight)
-                      .square().sum()) for n in names
-            ])
-        )  # fmt: skip
-    assert (errors[1] <= errors[0] * (1 + 1e-3)).all()
-    assert errors[1].sum() < errors[0].sum()
+    """Against 16 bits, whose weights are those in floats but for 1e-4 of the largest."""
+    exact, closest = rounded(trained, bits=16)
+    layers = [change.layer for change in closest.changes]
+
+    def errors(saturate: bool) -> list[float]:
+        network, _ = rounded(trained, bits=4, saturate=saturate)
+        pairs = ([m.get_submodule(x)[1].weight.detach() for m in (exact, network)] for x in layers)
+        return [float((left - right).square().sum()) for left, right in pairs]
+
+    pairs = list(zip(errors(saturate=False), errors(saturate=True), strict=True))
+    assert all(cut <= whole * (1 + 1e-3) for whole, cut in pairs)
+    assert sum(cut for _, cut in pairs) < 0.95 * sum(whole for whole, _ in pairs)
 
 
-def test_maps_that_two_layers_read_have_one_format() -> None:
+def test_maps_that_two_layers_read_have_one_format(trained: Trained) -> None:
     class Forked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.left, self.right = (nn.Conv2d(1, 4, 3), nn.Conv2d(4, 10, 6),
-                                                nn.Conv2d(4, 10, 6))  # fmt: skip
+            self.stem, self.left = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 10, 6)
+            self.right = nn.Conv2d(4, 10, 6)
 
         def forward(self, images: Tensor) -> Tensor:
             stem = self.stem(images)
@@ -154,6 +153,7 @@ def test_a_rounded_network_goes_on(trained: Trained, tmp_path: Path) -> None:
             assert torch.equal(loaded(images), network.eval()(images))
         exported = export_onnx(loaded, tmp_path / "model.onnx", card=trained.card)
         assert exported.argmax_agreement == 1
+        assert exported.max_error < 1e-6  # sums of fixed-point numbers are exact in any order
     assert report.after.macs < report.before.macs
     assert str(loaded) == str(network)
 
@@ -161,8 +161,6 @@ def test_a_rounded_network_goes_on(trained: Trained, tmp_path: Path) -> None:
 def test_a_file_without_a_normalisation_that_was_not_folded_is_refused(
     trained: Trained, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     save_network(tmp_path, trained.network, trained.card)
     tensors = load_file(tmp_path / "weights.safetensors")
     save_file(

@@ -59,7 +59,7 @@ def steps_down(weights: Tensor, layer: nn.Linear, wanted: float) -> float:
         optimizer.zero_grad()
         (layer(weights) - wanted).square().mean().backward()
         optimizer.step()
-    return float((layer(weights) - wanted).square().mean())
+    return float((layer(weights) - wanted).detach().square().mean())
 
 
 def test_both_scales_are_learned() -> None:
