@@ -67,8 +67,7 @@ def restructure_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     bias_given = False  # to the layer before
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Conv2d | nn.Linear) and name:
-            stored = [key for key in tensors if key.startswith(f"{name}.")]
-            bias_given = module.bias is None and any(key.endswith("bias") for key in stored)
+            bias_given = module.bias is None and _has_bias(name, tensors)
             network.set_submodule(name, _stored(name, module, tensors))
         elif isinstance(module, nn.BatchNorm2d) and bias_given:
             if f"{name}.running_mean" not in tensors:
@@ -76,10 +75,21 @@ def restructure_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             bias_given = False
 
 
+def _has_bias(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a bias is stored of a layer, or of what came in its place."""
+    if f"{name}.weight" in tensors:
+        return f"{name}.bias" in tensors
+    return any(key.startswith(f"{name}.") and key.endswith(".bias") for key in tensors)
+
+
 def _stored(
     name: str, layer: nn.Conv2d | nn.Linear, tensors: Mapping[str, Tensor]
 ) -> nn.Conv2d | nn.Linear | nn.Sequential:
     """Return the layer, or what is stored in its place; widths are still to be those stored."""
+    if f"{name}.weight" in tensors:
+        if layer.bias is None and f"{name}.bias" in tensors:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
+        return layer
     if f"{name}.0.step" in tensors:
         return nn.Sequential(Rounding(), _stored(f"{name}.1", layer, tensors))
     if any(key.startswith(f"{name}.1.") for key in tensors):
@@ -88,6 +98,4 @@ def _stored(
             half: Any = pair.get_submodule(place)
             pair.set_submodule(place, _stored(f"{name}.{place}", half, tensors))
         return pair
-    if layer.bias is None and f"{name}.bias" in tensors:
-        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
     return layer
