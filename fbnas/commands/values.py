@@ -13,6 +13,7 @@ NUMBERS = (
     "max_params",
     "rounds",
     "seconds",
+    "compression.low_rank.speedup",
     "search.clip_norm",
     "data.resolution",
     "data.channels",

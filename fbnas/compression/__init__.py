@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fbnas.compression.fixed_point import FixedPoint
 from fbnas.compression.holding import held, shared, weighted
 from fbnas.compression.iterative import IterativePruning, PruningStep
 from fbnas.compression.latency_pruning import ChannelStep, LatencyOutcome, LatencyPruning
 from fbnas.compression.layer_scan import LayerScan
 from fbnas.compression.lottery import LotteryTicket, Round
+from fbnas.compression.low_rank import LowRank
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.packing import (
     PackedTensor,
@@ -32,6 +34,7 @@ from fbnas.compression.quantization import (
     quantize_file,
 )
 from fbnas.compression.sparsity import LayerSparsity, Sparsity
+from fbnas.compression.ternary import Ternary, pack_ternary, unpack_ternary
 from fbnas.compression.weight_sharing import SharedLayer, WeightSharing, sharing_rate
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
@@ -48,12 +51,14 @@ __all__ = [
     "ChannelStep",
     "CompressionReport",
     "Facts",
+    "FixedPoint",
     "IterativePruning",
     "LatencyOutcome",
     "LatencyPruning",
     "LayerScan",
     "LayerSparsity",
     "LotteryTicket",
+    "LowRank",
     "Method",
     "PackedTensor",
     "PruningStep",
@@ -63,6 +68,7 @@ __all__ = [
     "Sparsity",
     "StaticQuantization",
     "Step",
+    "Ternary",
     "Tools",
     "WeightSharing",
     "calibration_images",
@@ -72,12 +78,14 @@ __all__ = [
     "held",
     "load_any",
     "pack",
+    "pack_ternary",
     "quantize_file",
     "read_packed",
     "shared",
     "sharing_rate",
     "unpack",
     "unpack_",
+    "unpack_ternary",
     "weighted",
     "write_packed",
 ]
@@ -91,6 +99,9 @@ METHODS: dict[str, type[Method]] = {
         Sparsity,
         LotteryTicket,
         WeightSharing,
+        LowRank,
+        Ternary,
+        FixedPoint,
     )
 }
 

@@ -15,6 +15,7 @@ from fbnas.files import atomic_write, read_yaml, write_yaml
 from fbnas.space.architecture import Architecture
 from fbnas.space.blocks import ConvBN, InvertedResidual, WaveletSplit, build_block
 from fbnas.space.search_space import SearchSpace
+from fbnas.space.structure import restructure_
 
 
 class Network(nn.Module):
@@ -251,7 +252,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
 def load_network(
     folder: str | Path, tensors: dict[str, Tensor] | None = None
 ) -> tuple[Network, NetworkCard]:
-    """Read a network back, in eval mode; a pruned one gets the widths of its stored weights.
+    """Read a network back, in eval mode; a compressed one as its stored weights are.
 
     Args:
         tensors: its weights, where they are not those of `weights.safetensors`.
@@ -285,7 +286,7 @@ def load_network(
 
 
 def load_weights_(network: nn.Module, path: Path) -> None:
-    """Load a safetensors file in place, resizing the modules to the widths that it holds.
+    """Load a safetensors file in place, giving the modules the structure and widths that it holds.
 
     Raises:
         InputError: no such file, damaged, or of another network.
@@ -314,6 +315,7 @@ def load_tensors_(network: nn.Module, tensors: dict[str, Tensor], source: str) -
     Raises:
         InputError: they are of another network.
     """
+    restructure_(network, tensors)
     for name, module in network.named_modules():
         _resize_(module, {k: tensors.get(f"{name}.{k}") for k in ("weight", "bias")})
     try:

@@ -1,0 +1,203 @@
+"""Trained ternary weights: {-Wn, 0, +Wp} with two scales per layer, trained with what is ternary.
+
+Zhu et al. 2017 (arXiv 1612.01064). Full-precision weights, divided by their largest, live on behind
+the ternary ones while the network is trained and are then forgotten.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fbnas.compression.dataflow import layer_calls
+from fbnas.compression.holding import held, weighted
+from fbnas.compression.method import Applied, Method
+from fbnas.errors import InputError
+
+if TYPE_CHECKING:
+    from fbnas.compression.method import Tools
+
+
+@dataclass(frozen=True)
+class Ternary(Method):
+    """Train the network with ternary weights, from the weights it has.
+
+    Zeros that an earlier method left stay zero. Without `train` weights are made ternary as they
+    are, with the mean of those above and below the threshold as scales.
+
+    Args:
+        threshold: t: weights of at most t * max |w| become zero, 0 <= t < 1 (section 3.2; 0.05 in
+            the paper's experiments).
+        ends: make the first and the last layer ternary too; the paper leaves them in float.
+    """
+
+    NAME: ClassVar[str] = "ternary"
+    SECTION: ClassVar[str] = "ternary"
+
+    threshold: float = 0.05
+    ends: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise InputError(
+                f"threshold is {self.threshold}; expected a fraction of the largest weight, "
+                "0 <= threshold < 1."
+            )
+
+    def apply_(self, model: nn.Module, tools: "Tools") -> Applied:
+        """Train with ternary weights and leave them."""
+        chosen = self._layers(model, tools)
+        others = [module for module in weighted(model) if module not in chosen.values()]
+        trained = None
+        with held(nn.ModuleList(others)), ternary(list(chosen.values()), self.threshold):
+            if tools.train is not None:
+                trained = tools.train(model)
+        return Applied(tuple(_change(name, layer) for name, layer in chosen.items()), trained)
+
+    def _layers(self, model: nn.Module, tools: "Tools") -> dict[str, nn.Conv2d | nn.Linear]:
+        layers = {call.name: call.layer for call in layer_calls(model, tools.input_shape)}
+        names = list(layers) if self.ends else list(layers)[1:-1]
+        if not names:
+            raise InputError(
+                f"The network has {len(layers)} convolutions and linear layers, and the first and "
+                "the last stay in float; expected more, or ends=true."
+            )
+        return {name: layers[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Ternarized:
+    """A layer's two scales, and the fraction of its weights that are zero."""
+
+    layer: str
+    positive: float
+    negative: float
+    zeros: float
+
+
+def _change(name: str, layer: nn.Conv2d | nn.Linear) -> Ternarized:
+    weight = layer.weight.detach()
+    positive, negative = float(weight.max().clamp(min=0)), float((-weight).max().clamp(min=0))
+    return Ternarized(name, positive, negative, float((weight == 0).float().mean()))
+
+
+@contextmanager
+def ternary(layers: Sequence[nn.Conv2d | nn.Linear], threshold: float) -> Iterator[None]:
+    """Make weights ternary, with what trains them behind, and leave them plain and ternary."""
+    for layer in layers:
+        made = _Ternary(layer.weight.detach(), threshold)
+        parametrize.register_parametrization(layer, "weight", made)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+class _Ternary(nn.Module):
+    """From latent weights, at first w / max |w|, to ternary ones.
+
+    scales: (2,), Wp and Wn, at first the means of |w| on either side of the threshold.
+    """
+
+    kept: Tensor
+
+    def __init__(self, weight: Tensor, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        limit = threshold * weight.abs().max()
+        sides = [weight[weight > limit], -weight[weight < -limit]]
+        means = [side.mean() if len(side) else weight.new_zeros(()) for side in sides]
+        self.scales = nn.Parameter(torch.stack(means))
+        self.register_buffer("kept", weight != 0, persistent=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return ternarized(latent * self.kept, self.scales, self.threshold)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        largest = weight.abs().max()
+        return weight / largest if largest > 0 else weight.clone()
+
+
+def ternarized(latent: Tensor, scales: Tensor, threshold: float) -> Tensor:
+    """Return +Wp where latent > D, -Wn where latent < -D, else 0, with D = t * max |latent|.
+
+    Equation 6. Gradients: of Wp the sum of those of the weights that are +Wp (equation 7); of Wn
+    minus the sum of those that are -Wn, by the chain rule (the paper leaves the minus out, the
+    authors' code has it); of the latent weights those of the ternary ones times Wp, 1 or Wn
+    (equation 8). A scale does not fall below zero.
+
+    Args:
+        latent: any shape.
+        scales: (2,), Wp and Wn.
+    """
+    return _Ternarize.apply(latent, scales, threshold)
+
+
+class _Ternarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scales: Tensor, threshold: float) -> Tensor:
+        limit = threshold * latent.abs().max()
+        positive, negative = latent > limit, latent < -limit
+        up, down = scales.clamp(min=0).to(latent.dtype)
+        ctx.save_for_backward(positive, negative, up, down)
+        return positive * up - negative * down
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients
+        positive, negative, up, down = ctx.saved_tensors
+        of_scales = torch.stack([(gradient * positive).sum(), -(gradient * negative).sum()])
+        factor = torch.where(positive, up, torch.where(negative, down, torch.ones_like(up)))
+        return gradient * factor, of_scales, None
+
+
+def pack_ternary(weight: Tensor) -> tuple[bytes, float, float]:
+    """Return 2-bit codes of ternary weights, four a byte, the first lowest, and Wp and Wn.
+
+    Codes: 0 of zero, 1 of +Wp, 2 of -Wn. Weights come in the order of their memory's rows.
+
+    Raises:
+        InputError: the weights have other values.
+    """
+    flat = weight.detach().flatten().cpu().numpy()
+    ups, downs = np.unique(flat[flat > 0]), np.unique(flat[flat < 0])
+    if len(ups) > 1 or len(downs) > 1 or not np.isfinite(flat).all():
+        raise InputError(
+            f"The weights have {len(np.unique(flat))} values; expected ternary ones, "
+            "of {-Wn, 0, +Wp}."
+        )
+    codes = np.where(flat > 0, 1, np.where(flat < 0, 2, 0)).astype(np.uint8)
+    codes = np.pad(codes, (0, -len(codes) % 4)).reshape(-1, 4)
+    packed = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(1, dtype=np.uint8)
+    up, down = (float(abs(side[0])) if len(side) else 0.0 for side in (ups, downs))
+    return packed.tobytes(), up, down
+
+
+def unpack_ternary(packed: bytes, up: float, down: float, shape: Sequence[int]) -> Tensor:
+    """Return the weights (float32) that `pack_ternary` packed.
+
+    Args:
+        up, down: Wp and Wn.
+        shape: of the weights.
+
+    Raises:
+        InputError: another number of bytes than the shape needs, or a code that means nothing.
+    """
+    length = int(np.prod(shape))
+    if len(packed) != -(-length // 4):
+        raise InputError(
+            f"{len(packed)} bytes of ternary weights; expected {-(-length // 4)}, four weights a "
+            f"byte, for shape {tuple(shape)}."
+        )
+    every = np.frombuffer(packed, np.uint8)
+    codes = ((every[:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3).reshape(-1)[:length]
+    if (codes == 3).any():
+        raise InputError("Ternary weights with a code of 3; expected 0, 1 and 2: damaged bytes.")
+    values = torch.tensor([0.0, up, -down], dtype=torch.float32)
+    return values[torch.from_numpy(codes.astype(np.int64))].reshape(tuple(shape))
