@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fbnas.compression.equalisation import equalise_
 from fbnas.compression.holding import held, shared, weighted
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.quantization import (
     QuantizationReport,
     StaticQuantization,
+    calibrate,
     calibration_images,
     quantize_file,
+    sensitivity,
 )
 from fbnas.errors import InputError
 from fbnas.space.network import Count, count
@@ -35,11 +38,14 @@ __all__ = [
     "StaticQuantization",
     "Step",
     "Tools",
+    "calibrate",
     "calibration_images",
     "compress_",
+    "equalise_",
     "facts",
     "held",
     "quantize_file",
+    "sensitivity",
     "shared",
     "weighted",
 ]
