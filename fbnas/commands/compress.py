@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fbnas.commands.folder import OutFolder
+from fbnas.commands.int8 import as_fields, quantized
 from fbnas.commands.parts import (
     check_class_names,
     data_for,
@@ -24,7 +25,6 @@ from fbnas.compression import (
     StaticQuantization,
     compress_,
     load_any,
-    quantize_file,
     write_packed,
 )
 from fbnas.compression.coding import CODERS
@@ -256,11 +256,29 @@ def _int8_file(
     """Quantize the network's file; return what result.json says of it."""
     source, target = folder / "fp32.onnx", folder / "model.onnx"
     export_onnx(network, source, card=card)
-    report = quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
-    accuracy = accuracy_of_file(target, data.test, mean=card.mean, std=card.std)
-    print(f"{target}: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
-    print(f"test accuracy of the int8 file {accuracy:.4f}")
-    return {"model_bytes": report.bytes_after, "accuracy_top1": accuracy}
+    fields = _int8(config, source, target, replace(data, mean=card.mean, std=card.std))
+    print(f"test accuracy of the int8 file {fields['accuracy_top1']:.4f}")
+    return fields
+
+
+def _int8(config: dict[str, Any], source: Path, target: Path, data: Data) -> dict[str, Any]:
+    """Write model.onnx: the int8 file, or the float one where int8 does not pay at all."""
+    method = quantization_of(config)
+    device = device_of(config) if config["measure"] and method.pays else None
+    report = quantized(source, target, data, method, measured_on=device, seed=config["seed"])
+    if not report.pays:
+        target.write_bytes(source.read_bytes())
+        print(
+            "int8 does not pay on this device: model.onnx is the float file "
+            "(compression.quantization.pays=false writes int8 all the same)"
+        )
+    size = target.stat().st_size
+    print(f"{target}: {report.bytes_before:,} -> {size:,} bytes")
+    return {
+        "model_bytes": size,
+        "accuracy_top1": accuracy_of_file(target, data.test, mean=data.mean, std=data.std),
+        "int8": as_fields(report),
+    }
 
 
 def _quantize(config: dict[str, Any]) -> int:
@@ -273,26 +291,24 @@ def _quantize(config: dict[str, Any]) -> int:
         check_class_names(data, card.class_names)
     else:
         data, mean, std = data_of_file(config, model)
+    data = replace(data, mean=mean, std=std)
     out = OutFolder(config)
     source = model
     if card is not None:
         source = out.folder / "fp32.onnx"
         export_onnx(network, source, card=card)
-    target = out.folder / "model.onnx"
-    report = quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
-    before, after = (accuracy_of_file(f, data.test, mean=mean, std=std) for f in (source, target))
-    print(f"{target}: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
-    print(f"test accuracy {before:.4f} -> {after:.4f}")
+    before = accuracy_of_file(source, data.test, mean=mean, std=std)
+    fields = _int8(config, source, out.folder / "model.onnx", data)
+    print(f"test accuracy {before:.4f} -> {fields['accuracy_top1']:.4f}")
     counted = count(network, card.input_shape) if card is not None else None
     out.finish(
         method="int8",
-        model_bytes=report.bytes_after,
-        model_bytes_before=report.bytes_before,
-        accuracy_top1=after,
+        model_bytes_before=source.stat().st_size,
         accuracy_top1_before=before,
-        calibration_images=report.calibration_images,
+        calibration_images=min(quantization_of(config).calibration_images, len(data.train)),
         params=counted and counted.params,
         macs=counted and counted.macs,
+        **fields,
     )
     return 0
 

@@ -19,7 +19,8 @@ from fbnas.commands.compress import (
     method_names,
     quantization_of,
 )
-from fbnas.compression import calibration_images, quantize_file
+from fbnas.commands.int8 import as_fields, quantized
+from fbnas.compression import calibration_images
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file
 from fbnas.files import read_json, write_json
@@ -47,6 +48,7 @@ class Stage:
     reason: str = ""
     timing: Timing | None = None
     accuracy_top1: float = 0.0
+    note: str = ""  # on how it was made
 
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """Return the stage as in result.json."""
@@ -78,7 +80,7 @@ def stages_of(
     asked = config["compression"]["methods"]
     for name in method_names(asked) if asked else ():
         stage = (
-            _quantized(config, best, folder, data, device)
+            _quantized(judge, best, fp32)
             if name == INT8
             else _compressed(name, best, judge, resume=resume)
         )
@@ -141,6 +143,7 @@ class Judge:
             stage.reason = f"rejected: slower, {speed} ({noise})"
         else:
             stage.reason = f"accepted: {speed} ({noise}), validation accuracy {0.0 - drop:+.4f}"
+        stage.reason += stage.note
 
     def _ratio(self, stage: Stage, best: Stage) -> tuple[float, float]:
         measurement = self.device.measure_quietly(
@@ -174,28 +177,62 @@ def _exported(name: str, source: str, folder: Path, data: Data, device: AnyDevic
     return Stage(name, path, source, found.params, found.macs, accuracy)
 
 
-def _quantized(
-    config: dict[str, Any], best: Stage, folder: Path, data: Data, device: AnyDevice
-) -> Stage | None:
+def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
     """Write the int8 form of a stage, with ranges from training images; None where there is none.
 
-    ONNX files are quantized as `compression.quantization` says, others by their own converter.
+    ONNX files are quantized as `compression.quantization` says, with the layers left in float that
+    int8 makes slower or too inaccurate; others by their own converter.
     """
-    path = folder / "models" / f"int8{device.suffix}"
-    method, seed = quantization_of(config), config["seed"]
+    path = run.folder / "models" / f"{INT8}{run.device.suffix}"
+    stage = Stage(INT8, path, best.network, best.params, best.macs, 0.0)
     try:
-        int8 = replace(device, precision="int8")
-        if device.suffix == ".onnx":
-            quantize_file(best.path, path, data, method, seed=seed)
+        int8 = replace(run.device, precision="int8")
+        if run.device.suffix == ".onnx":
+            stage.note = _mixed(run, best, path, best.validation_accuracy - _least(run, trained))
         else:
-            network, card = load_network(folder / best.network)
-            images = calibration_images(data, method, seed=seed)
+            network, card = load_network(run.folder / best.network)
+            method = quantization_of(run.config)
+            images = calibration_images(run.data, method, seed=run.config["seed"])
             export_file(network, path, int8, card=card, calibration=images)
-        accuracy = _accuracy(path, data, data.validation, int8)
+        stage.validation_accuracy = _accuracy(path, run.data, run.data.validation, int8)
     except InputError as error:
         print(f"int8 is left out: {error}")
         return None
-    return Stage("int8", path, best.network, best.params, best.macs, accuracy)
+    return stage
+
+
+def _least(run: "Judge", trained: Stage) -> float:
+    """Return the lowest validation accuracy that is accepted."""
+    least: float = trained.validation_accuracy - run.config["max_accuracy_drop"]
+    return least
+
+
+def _mixed(run: "Judge", best: Stage, path: Path, allowed_drop: float) -> str:
+    """Write the int8 file, with layers in float where that is better; say how many.
+
+    What was found is kept beside it, so that a resumed run neither judges nor measures again.
+    """
+    record = path.with_name(f"{INT8}.layers.json")
+    if path.is_file() and record.is_file() and read_json(record)["source"] == best.name:
+        found = read_json(record)
+    else:
+        record.unlink(missing_ok=True)
+        method = quantization_of(run.config)
+        if method.max_accuracy_drop is None:
+            method = replace(method, max_accuracy_drop=min(max(allowed_drop, 0.0), 1.0))
+        report = quantized(
+            best.path,
+            path,
+            run.data,
+            method,
+            measured_on=run.device,
+            scored_on=replace(run.device, precision=INT8),
+            seed=run.config["seed"],
+        )
+        found = {"source": best.name, **as_fields(report)}
+        write_json(record, found)
+    left = len({*found["float_for_accuracy"], *found["float_for_speed"]})
+    return f", {left} of {found['layers']} layers in float" if left else ""
 
 
 def _accuracy(path: Path, data: Data, images: Any, device: AnyDevice) -> float:

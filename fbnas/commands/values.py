@@ -19,6 +19,7 @@ NUMBERS = (
     "data.channels",
     "data.limit",
     "data.workers",
+    "compression.quantization.max_accuracy_drop",
 )  # null by default
 WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit", "data.workers")
 LISTS = {  # options that take one value or a list of them
@@ -37,6 +38,9 @@ LEAST = {
     "classes": 1,
     "candidates": 1,
     "count": 1,
+    "compression.quantization.calibration_images": 1,
+    "compression.quantization.batch_size": 1,
+    "compression.quantization.sensitivity_images": 1,
     "data.device_mb": 0,
     "data.workers": 0,
     "halving_epochs": 1,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fbnas.compression.equalisation import equalise_
 from fbnas.compression.fixed_point import FixedPoint
 from fbnas.compression.holding import held, shared, weighted
 from fbnas.compression.iterative import IterativePruning, PruningStep
@@ -30,8 +31,10 @@ from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.quantization import (
     QuantizationReport,
     StaticQuantization,
+    calibrate,
     calibration_images,
     quantize_file,
+    sensitivity,
 )
 from fbnas.compression.sparsity import LayerSparsity, Sparsity
 from fbnas.compression.ternary import Ternary, pack_ternary, unpack_ternary
@@ -71,9 +74,11 @@ __all__ = [
     "Ternary",
     "Tools",
     "WeightSharing",
+    "calibrate",
     "calibration_images",
     "compress_",
     "describe",
+    "equalise_",
     "facts",
     "held",
     "load_any",
@@ -81,6 +86,7 @@ __all__ = [
     "pack_ternary",
     "quantize_file",
     "read_packed",
+    "sensitivity",
     "shared",
     "sharing_rate",
     "unpack",

@@ -1,6 +1,6 @@
 """From a network to a file that is checked, described and judged by itself."""
 
-from fbnas.export.accuracy import accuracy_of_file
+from fbnas.export.accuracy import accuracy_of_file, scores_of_file
 from fbnas.export.files import check_suffix, export_file, runtime_of_format
 from fbnas.export.metadata import read_metadata, sidecar
 from fbnas.export.onnx import ExportReport, export_onnx
@@ -15,5 +15,6 @@ __all__ = [
     "input_size",
     "read_metadata",
     "runtime_of_format",
+    "scores_of_file",
     "sidecar",
 ]

@@ -1,4 +1,4 @@
-"""Top-1 accuracy of an exported file, as the runtime computes it."""
+"""Scores and top-1 accuracy of an exported file, as the runtime computes it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,10 +41,50 @@ def accuracy_of_file(
     Raises:
         InputError: not a file of the runtime, or one for other images or fewer classes.
     """
-    from fbnas.training.data import batches
-
     if not len(images):
         raise InputError(f"There are no images to judge {path} by; expected at least one.")
+    correct = 0
+    answers = _answers(
+        Path(path), images, mean, std, batch_size=batch_size, threads=threads, device=device
+    )
+    for scores, labels in answers:
+        correct += int((scores.argmax(1) == labels).sum())
+    return correct / len(images)
+
+
+def scores_of_file(
+    path: Path | str,
+    images: "Images",
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 256,
+    threads: int | None = None,
+    device: AnyDevice | None = None,
+) -> Tensor:
+    """Return the scores of images, (n, classes), as the runtime computes them.
+
+    Args, Raises: as of `accuracy_of_file`.
+    """
+    answers = _answers(
+        Path(path), images, mean, std, batch_size=batch_size, threads=threads, device=device
+    )
+    return torch.cat([scores for scores, _ in answers])
+
+
+def _answers(
+    path: Path,
+    images: "Images",
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int,
+    threads: int | None,
+    device: AnyDevice | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores and labels, some images at a time."""
+    from fbnas.training.data import batches
+
     shown = batches(images, batch_size, mean=mean, std=std)
     if device is None or _is_plain(device):
         session = open_session(path, threads=threads)
@@ -52,8 +92,7 @@ def accuracy_of_file(
             (run(session, inputs), labels) for inputs, labels in shown
         )
     else:
-        answers = _pieces(Path(path), shown, device)
-    correct = 0
+        answers = _pieces(path, shown, device)
     for scores, labels in answers:
         if scores.ndim != 2 or scores.shape[1] <= int(labels.max()):
             raise InputError(
@@ -61,8 +100,7 @@ def accuracy_of_file(
                 f"{int(labels.max())}; expected (images, classes) with a score for every class. "
                 "Use the data that it was trained on."
             )
-        correct += int((scores.argmax(1) == labels).sum())
-    return correct / len(images)
+        yield scores, labels
 
 
 def _pieces(

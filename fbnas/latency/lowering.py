@@ -9,7 +9,8 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known
 from fbnas.files import atomic_write
+from fbnas.latency.ranges import CALIBRATION_RANGES, PERCENTILE, activation_ranges
 
 if TYPE_CHECKING:
     import onnx
@@ -26,8 +28,53 @@ if TYPE_CHECKING:
 INPUT_NAME = "images"
 OUTPUT_NAME = "scores"
 OPSET = 17
-CALIBRATION_RANGES = {"minmax": "MinMax", "percentile": "Percentile"}
-_PREPROCESSED = "onnx.quant.pre_process"  # ONNX Runtime's mark; silences its advice to pre-process
+SYMMETRIES = ("asymmetric", "symmetric")
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FOLLOWING = (  # ONNX Runtime quantizes them where their input is
+    *("Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
+    *("Slice", "Pad", "MaxPool", "AveragePool", "Constant"),
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a graph becomes int8: weights of 8 bits, activations with ranges from calibration images.
+
+    Args:
+        per_channel: one weight scale per output channel instead of one per tensor.
+        activations: asymmetric: a zero point of its own per tensor; symmetric: in the middle of the
+            levels, or at the lowest for what is never negative, as after a ReLU (Nagel et al. 2021,
+            arXiv 2106.08295, section 2.2.1). Both are uint8.
+        weights: symmetric: int8 about zero; asymmetric: with a zero point, one for a whole tensor.
+        ranges: how observed values become a range: minmax, percentile or entropy.
+        percentile: of the values that its range encloses.
+        reduce_range: weights in 7 bits, for x86 CPUs without VNNI, whose sums saturate at 16 bits.
+
+    Raises:
+        InputError: an unknown name, or options that do not go together.
+    """
+
+    per_channel: bool = True
+    activations: str = "asymmetric"
+    weights: str = "symmetric"
+    ranges: str = "minmax"
+    percentile: float = PERCENTILE
+    reduce_range: bool = False
+
+    def __post_init__(self) -> None:
+        check_known("calibration ranges", [self.ranges], CALIBRATION_RANGES)
+        check_known("symmetry of activations:", [self.activations], SYMMETRIES)
+        check_known("symmetry of weights:", [self.weights], SYMMETRIES)
+        if self.per_channel and self.weights == "asymmetric":
+            raise InputError(
+                "weights are asymmetric per channel, which ONNX Runtime's convolutions do not "
+                "compute; expected per_channel=false, or weights=symmetric."
+            )
+        if not 50 < self.percentile <= 100:
+            raise InputError(
+                f"percentile is {self.percentile:g}; expected above 50, to 100 at most: the part "
+                "of the values that a range encloses."
+            )
 
 
 def write_onnx(
@@ -164,64 +211,131 @@ def quantize_onnx(
     path: Path | str,
     calibration: Iterable[np.ndarray],
     *,
-    per_channel: bool = True,
-    ranges: str = "minmax",
-    reduce_range: bool = False,
+    scheme: Scheme | None = None,
 ) -> None:
-    """Write the static int8 (QDQ) form of an ONNX file: uint8 activations, int8 weights.
+    """Write the static int8 (QDQ) form of an ONNX file.
 
     Args:
         calibration: arrays (n, c, h, w) float32 of model input, from which the ranges of
             activations are read.
-        per_channel: one weight scale per output channel instead of one per tensor.
-        ranges: how observed values become a range: minmax, or percentile (99.999), which
-            keeps every activation in memory.
-        reduce_range: weights in 7 bits, for x86 CPUs without VNNI, whose sums saturate at 16 bits.
+        scheme: how; the default one where not given.
 
     Raises:
-        InputError: unknown `ranges`.
         ValueError: `calibration` is empty.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
-    if ranges not in CALIBRATION_RANGES:
-        raise unknown("calibration ranges", ranges, CALIBRATION_RANGES)
+    scheme = scheme or Scheme()
     model = onnx.load(source)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    onnx.helper.set_model_props(model, {**metadata, _PREPROCESSED: "onnxruntime.quant"})
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        quantized = Path(folder) / "int8.onnx"
-        quantize_static(
-            model,
-            quantized,
-            _reader(calibration),
-            per_channel=per_channel,
-            reduce_range=reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod[CALIBRATION_RANGES[ranges]],
+    ranges = activation_ranges(
+        model, calibration, ranges=scheme.ranges, percentile=scheme.percentile
+    )
+    atomic_write(path, quantize_graph(model, ranges, scheme).SerializeToString())
+
+
+def quantize_graph(
+    model: "onnx.ModelProto",
+    ranges: Mapping[str, tuple[float, float]],
+    scheme: Scheme,
+    *,
+    float_layers: Collection[str] = (),
+) -> "onnx.ModelProto":
+    """Return the int8 (QDQ) form of a graph, which is left as it is; metadata are carried over.
+
+    Args:
+        ranges: as of `activation_ranges`.
+        float_layers: names of layers, as of `layer_names`, that go on computing in float.
+    """
+    import onnx
+    from onnxruntime.quantization import (
+        CalibrationMethod,
+        QDQQuantizer,
+        QuantType,
+        TensorsData,
+    )
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    left_out = [*float_layers, *_between_float(model.graph, frozenset(float_layers))]
+    found = {
+        name: tuple(
+            map(np.float32, _symmetric(*seen) if scheme.activations == "symmetric" else seen)
         )
-        model = onnx.load(quantized)
-    onnx.helper.set_model_props(model, metadata)
-    atomic_write(path, model.SerializeToString())
+        for name, seen in ranges.items()
+    }
+    quantizer = QDQQuantizer(
+        onnx.shape_inference.infer_shapes(model),
+        scheme.per_channel,
+        scheme.reduce_range,
+        QuantType.QInt8,
+        QuantType.QUInt8,
+        TensorsData(CalibrationMethod.MinMax, found),
+        [],
+        left_out,
+        sorted({*QLinearOpsRegistry, *QDQRegistry}),
+        {"WeightSymmetric": scheme.weights == "symmetric"},
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    quantized: onnx.ModelProto = quantizer.model.model
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(quantized, metadata)
+    return quantized
 
 
-def _reader(calibration: Iterable[np.ndarray]) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
+def layer_names(graph: "onnx.GraphProto") -> tuple[str, ...]:
+    """Return the names of the nodes with weights, in order: convolutions and linear layers."""
+    weights = {weight.name for weight in graph.initializer}
+    return tuple(
+        node.name
+        for node in graph.node
+        if node.op_type in LAYERS and any(name in weights for name in node.input[1:2])
+    )
 
-    def feeds() -> Iterator[dict[str, np.ndarray]]:
-        batch = None
-        for batch in calibration:
-            yield {INPUT_NAME: np.ascontiguousarray(batch, dtype=np.float32)}
-        if batch is None:
-            raise ValueError("No calibration images were given; expected at least one array.")
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = feeds()
+def _symmetric(low: float, high: float) -> tuple[float, float]:
+    reach = max(abs(low), abs(high))
+    return (0.0 if low >= 0 else -reach, reach)
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.feeds, None)
 
-    return Reader()
+def _between_float(graph: "onnx.GraphProto", float_layers: frozenset[str]) -> list[str]:
+    """Return the names of sums, poolings and the like that are to compute in float too.
+
+    They are those for which more than half of the layers around them, through other operations,
+    do: every change of precision costs time. Activations and moves follow what is before them.
+    """
+    if not float_layers:
+        return []
+    layers = set(layer_names(graph))
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = []
+    for node in graph.node:
+        if node.name in layers or node.op_type in FOLLOWING:
+            continue
+        before = _nearest(node, layers, lambda x: [makers[i] for i in x.input if i in makers])
+        after = _nearest(node, layers, lambda x: [r for o in x.output for r in readers.get(o, [])])
+        around = before | after
+        if around and 2 * len(around & float_layers) > len(around):
+            found.append(node.name)
+    return found
+
+
+def _nearest(
+    start: "onnx.NodeProto",
+    layers: Collection[str],
+    neighbours: "Callable[[onnx.NodeProto], list[onnx.NodeProto]]",
+) -> set[str]:
+    found: set[str] = set()
+    seen, waiting = {start.name}, [start]
+    while waiting:
+        for node in neighbours(waiting.pop()):
+            if node.name in layers:
+                found.add(node.name)
+            elif node.name not in seen:
+                seen.add(node.name)
+                waiting.append(node)
+    return found

@@ -54,7 +54,7 @@ def write_scatter(
     """
     points = [point for found in series.values() for point in found]
     values = [ms for p in points for ms in (p.predicted_ms, p.measured_ms)]
-    low, high, ticks = _axis(min(values), max(values))
+    low, high, ticks = round_axis(min(values), max(values))
     kinds = dict(zip(series, ("one", "two") if len(series) > 1 else ("two",), strict=True))
     plot = [*_ground(low, high, ticks, noise_floor)]
     for name, found in series.items():
@@ -76,7 +76,7 @@ Hover a point to see its network.</p>
     return Path(path)
 
 
-def _axis(lowest: float, highest: float) -> tuple[float, float, list[float]]:
+def round_axis(lowest: float, highest: float) -> tuple[float, float, list[float]]:
     """Return both ends and round ticks that enclose the values."""
     span = (highest - lowest) or highest or 1.0
     rough = span / TICKS

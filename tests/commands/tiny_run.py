@@ -32,6 +32,7 @@ SMALL = [
     "search.epochs=3",
     "training.epochs=2",
     "compression.fine_tuning.epochs=1",
+    "compression.quantization.pays=false",
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fbnas.errors import InputError
-from fbnas.latency.lowering import quantize_onnx, write_onnx
+from fbnas.latency.lowering import Scheme, quantize_onnx, write_onnx
 from fbnas.space import BLOCKS, build_block
 
 SHAPE = (16, 9, 9)
@@ -127,7 +127,9 @@ def test_percentile_cuts_an_outlier_off(tmp_path: Path, capfd: pytest.CaptureFix
     scales = {}
     for ranges in ("minmax", "percentile"):
         path = tmp_path / f"{ranges}.onnx"
-        quantize_onnx(tmp_path / "fp32.onnx", path, [calibration.numpy()], ranges=ranges)
+        quantize_onnx(
+            tmp_path / "fp32.onnx", path, [calibration.numpy()], scheme=Scheme(ranges=ranges)
+        )
         weights = {w.name: w for w in onnx.load(path).graph.initializer}
         scales[ranges] = onnx.numpy_helper.to_array(weights["images_scale"])
     assert scales["minmax"] > 100 * scales["percentile"]
@@ -139,7 +141,12 @@ def test_weights_of_seven_bits_stay_in_range(tmp_path: Path) -> None:
     largest = {}
     for reduce_range in (False, True):
         path = tmp_path / f"{reduce_range}.onnx"
-        quantize_onnx(tmp_path / "fp32.onnx", path, [images(1).numpy()], reduce_range=reduce_range)
+        quantize_onnx(
+            tmp_path / "fp32.onnx",
+            path,
+            [images(1).numpy()],
+            scheme=Scheme(reduce_range=reduce_range),
+        )
         weights = [onnx.numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer]
         largest[reduce_range] = max(
             np.abs(w.astype(int)).max() for w in weights if w.dtype == np.int8
@@ -152,5 +159,5 @@ def test_nothing_to_calibrate_on_and_unknown_ranges_are_refused(tmp_path: Path) 
     with pytest.raises(ValueError, match="No calibration images"):
         quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [])
     with pytest.raises(InputError, match="Did you mean 'minmax'"):
-        quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [], ranges="min_max")
+        Scheme(ranges="min_max")
     assert not (tmp_path / "int8.onnx").exists()

@@ -41,12 +41,12 @@ def network() -> Any:
 
 @dataclass(frozen=True)
 class Stopwatch(Device):
-    """A device that says how many times as long the second file takes."""
+    """A device that says how many times as long the files after the first take."""
 
     ratio: float = 1.0
 
     def measure_quietly(self, files: Sequence[Path], _: str, **__: Any) -> Measurement:
-        times = [1.0, self.ratio]
+        times = [1.0, *[self.ratio] * (len(files) - 1)]
         timings = tuple(Timing(t, t, t, 10) for t in times)
         return Measurement(timings, 0.05, np.array([times] * 10))
 

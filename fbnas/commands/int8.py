@@ -1,0 +1,139 @@
+"""int8 of an exported file in a command: quantized, judged, measured, and what was found told."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fbnas.compression import QuantizationReport, StaticQuantization, quantize_file
+from fbnas.compression.sensitivity import Sensitivity
+from fbnas.export import scores_of_file
+from fbnas.files import atomic_write
+from fbnas.latency.devices import Measurement
+from fbnas.latency.profiling import AnyDevice
+from fbnas.report.bars import Bar, write_bars
+from fbnas.training.data import Data
+
+TABLE = "sensitivity.csv"
+PLOT = "sensitivity.html"
+
+
+def quantized(
+    source: Path,
+    target: Path,
+    data: Data,
+    method: StaticQuantization,
+    *,
+    measured_on: AnyDevice | None,
+    scored_on: AnyDevice | None = None,
+    seed: int,
+) -> QuantizationReport:
+    """Write the int8 form of an ONNX file, its sensitivities beside it, and print what was found.
+
+    Args:
+        data: with the mean and std that the file wants.
+        measured_on: where int8 must pay; None: nothing is measured.
+        scored_on: whose runtime computes scores; None: ONNX Runtime here.
+    """
+
+    def measure(files: Sequence[Path]) -> Measurement:
+        assert measured_on is not None
+        return measured_on.measure_quietly(files, "Timing int8 and float layers", seed=seed)
+
+    can_measure = (
+        measured_on is not None
+        and measured_on.kind != "roofline"  # planned: there is nothing to measure
+        and measured_on.suffix == ".onnx"
+    )
+    report = quantize_file(
+        source,
+        target,
+        data,
+        method,
+        scores=partial(scores_of_file, mean=data.mean, std=data.std, device=scored_on),
+        measure=measure if can_measure else None,
+        seed=seed,
+    )
+    if report.sensitivities:
+        write_sensitivities(target.parent, report)
+    for line in told(report):
+        print(line)
+    return report
+
+
+def told(report: QuantizationReport) -> list[str]:
+    """Say in words which layers were left in float, and what was measured."""
+    lines = []
+    for layers, why in (
+        (report.accurate_layers, "for accuracy"),
+        (report.quick_layers, "because int8 makes them slower"),
+    ):
+        if layers:
+            names = ", ".join(short(name) for name in layers)
+            lines.append(
+                f"{len(layers)} of {len(report.layers)} layers left in float {why}: {names}"
+            )
+    found = report.latencies
+    if found is not None:
+        times = {"fp32": found.fp32_ms, "int8": found.int8_ms, "mixed": found.mixed_ms}
+        measured = ", ".join(f"{name} {ms:.4g} ms" for name, ms in times.items() if ms is not None)
+        lines.append(f"{measured} (noise {100 * found.noise_floor:.1f} %): {found.fastest}")
+    return lines
+
+
+def as_fields(report: QuantizationReport) -> dict[str, Any]:
+    """Return the report as in result.json; names of layers are those of the nodes in the file."""
+    return {
+        "layers": len(report.layers),
+        "float_for_accuracy": list(report.accurate_layers),
+        "float_for_speed": list(report.quick_layers),
+        "fastest": report.latencies and report.latencies.fastest,
+        "measured": report.latencies and asdict(report.latencies),
+    }
+
+
+def write_sensitivities(folder: Path, report: QuantizationReport) -> None:
+    """Write the table and the plot of what int8 of each layer alone does."""
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow([*(field.name for field in fields(Sensitivity)), "left_in_float"])
+    left = set(report.float_layers)
+    for found in report.sensitivities:
+        values = [f"{value:.6g}" for value in list(asdict(found).values())[1:]]
+        writer.writerow([found.layer, *values, str(found.layer in left).lower()])
+    atomic_write(folder / TABLE, rows.getvalue())
+    bars = [
+        Bar(
+            short(found.layer),
+            found.sqnr_db,
+            f"{found.layer}\nSQNR {found.sqnr_db:.1f} dB, cross-entropy "
+            f"{found.cross_entropy_rise:+.2g}, accuracy {0.0 - found.accuracy_drop:+.4f}",
+            marked=found.layer in left,
+        )
+        for found in report.sensitivities
+    ]
+    write_bars(
+        folder / PLOT,
+        bars,
+        title="What int8 of each layer alone does to the scores",
+        axis="signal to quantization noise of the scores, dB",
+        words=[
+            "The shorter the bar, the more the network suffers from that layer in int8. Layers in "
+            "the other colour were left in float. Hover a bar to see more."
+        ],
+    )
+    print(f"sensitivity of {len(bars)} layers: {folder / TABLE}, {folder / PLOT}")
+
+
+def short(layer: str) -> str:
+    """Return the name of a node without what every name has: /head/head.0/Conv is head.0."""
+    parts = [part for part in layer.split("/") if part]
+    if len(parts) > 1 and parts[-1].rstrip("0123456789_") in ("Conv", "Gemm", "MatMul"):
+        parts = parts[:-1]
+    merged = [
+        part for i, part in enumerate(parts) if not "".join(parts[i + 1 : i + 2]).startswith(part)
+    ]
+    return ".".join(merged)
