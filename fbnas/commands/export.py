@@ -78,7 +78,6 @@ def main(config: dict[str, Any]) -> int:
     network, card = load_network(network_folder(config["model"]))
     data = _data(config, card, wanted)
     out = OutFolder(config)
-    network.eval()
     job = Job(config, network, card, data, out, several=len(wanted) > 1)
     found = [job.made(each, precision) for each, precision in wanted]
     _write_examples(found, out)

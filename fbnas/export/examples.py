@@ -1,8 +1,8 @@
 """A short program beside an exported file, which classifies an image with nothing but the runtime.
 
-It reads what it needs to know from the file itself (.pte: from the JSON beside it), and prepares
-the image as `training.images` does: turned as its camera says, 16 bits scaled to 8, grey or RGB,
-scaled to cover the network's square and cropped at the centre.
+It reads what it needs to know from the file itself, and prepares the image as `training.images`
+does: turned as its camera says, 16 bits scaled to 8, grey or RGB, scaled to cover the network's
+square and cropped at the centre.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ stated = network.get_modelmeta().custom_metadata_map
 about = {key: json.loads(stated[f"fbnas.{key}"]) for key in ("preprocessing", "class_names")}
 """,
     "openvino": """\
-network = openvino.Core().read_model(model)
+network, f32 = openvino.Core().read_model(model), {"INFERENCE_PRECISION_HINT": "f32"}
 stated = {key: network.get_rt_info(["fbnas", key]) for key in ("preprocessing", "class_names")}
 about = {key: json.loads(value.astype(str)) for key, value in stated.items()}
 """,
@@ -42,8 +42,9 @@ network.allocate_tensors()
 about = json.loads(zipfile.ZipFile(model).read("fbnas.json"))
 """,
     "pte": """\
-network = Runtime.get().load_program(model).load_method("forward")
-about = json.loads(Path(f"{model}.json").read_text())
+program = Runtime.get().load_program(model)
+network, stated = (program.load_method(name) for name in ("forward", "fbnas"))
+about = json.loads(stated.execute([])[0])
 """,
     "pt2": """\
 stated = {"fbnas.json": ""}
@@ -67,7 +68,7 @@ _RUN = {
 {_CHANNELS_FIRST}scores = network.run(None, {{"images": images}})[0][0]
 """,
     "openvino": f"""\
-{_CHANNELS_FIRST}scores = openvino.compile_model(network, "CPU")(images)[0][0]
+{_CHANNELS_FIRST}scores = openvino.compile_model(network, "CPU", f32)(images)[0][0]
 """,
     "tflite": """\
 network.set_tensor(network.get_input_details()[0]["index"], images)

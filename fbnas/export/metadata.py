@@ -1,8 +1,8 @@
 """What a model file says of itself: classes, preprocessing, architecture.
 
 Where it says so: ONNX in its metadata_props, OpenVINO's IR in its rt_info, .tflite and .pt2 in a
-JSON within (`zipfile` opens both); all but the first two also in FILE.json beside them, where .pte
-has it alone.
+JSON within (`zipfile` opens both), .pte in what its method `fbnas` returns; the last three also in
+FILE.json beside them, where that of a .pte is read.
 """
 
 import contextlib

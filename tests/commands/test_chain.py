@@ -235,7 +235,10 @@ def test_another_runtime_exports_evaluates_and_refuses_the_wrong_file(
     assert found["latency_ms"]["value"] > 0
     assert main(evaluate) == 2
     assert "expected device.runtime=pytorch" in capsys.readouterr().err
-    (out / "model.pt2.json").unlink()
+    (out / "model.pt2.json").unlink()  # the file holds the same
+    assert main([*evaluate, "device.runtime=pytorch"]) == 0
+    program = torch.export.export(torch.nn.Flatten(), (torch.zeros(1, 1, 8, 8),))
+    torch.export.save(program, out / "model.pt2")
     assert main([*evaluate, "device.runtime=pytorch"]) == 2
     assert "model.pt2.json is missing" in capsys.readouterr().err
     assert main(["export", "model=r", "precision=int8", f"out={tmp_path / 'q'}"]) == 2

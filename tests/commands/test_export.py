@@ -45,12 +45,12 @@ def read(path: Path) -> Any:
 
 def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """As where runtimes and their converters are not installed."""
+    absent = {package for name in names for package in runtime(name).CONVERTER}
     for name in names:
-        packages = {*runtime(name).CONVERTER, name}
         monkeypatch.delenv(f"FBNAS_{name.upper()}_PYTHON", raising=False)
         monkeypatch.setattr(runtime(name), "available", lambda: False)
-        for place in ("fbnas.latency.converting.lacking", "fbnas.commands.export.lacking"):
-            monkeypatch.setattr(place, lambda given, packages=packages: [*packages & {*given}])
+    for place in ("fbnas.latency.converting.lacking", "fbnas.commands.export.lacking"):
+        monkeypatch.setattr(place, lambda given: [name for name in given if name in absent])
 
 
 def test_several_files_are_judged_timed_and_told_of(
