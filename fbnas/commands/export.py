@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from fbnas.export.formats import ALL, PRECISIONS
 from fbnas.latency.converting import lacking, needed
 from fbnas.latency.devices import ROUNDS, Device
 from fbnas.latency.lowering import OPSETS
+from fbnas.latency.model_files import parts
 from fbnas.latency.runtimes import runtime
 from fbnas.latency.timing import Timing
 from fbnas.space import NetworkCard, count, load_network
@@ -35,6 +37,10 @@ from fbnas.training.data import Data, Subset, batches
 from fbnas.training.evaluation import evaluate
 
 PARITY_IMAGES = 256  # of the validation images, drawn by the seed
+ONE_IMAGE = (".tflite", ".pte", ".pt2")  # at a time; others take any batch
+INT8_NEEDS = (
+    "takes its ranges from training images; expected data=... as the network was trained on"
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,16 @@ def main(config: dict[str, Any]) -> int:
     network, card = load_network(network_folder(config["model"]))
     data = _data(config, card, wanted)
     out = OutFolder(config)
-    job = Job(config, network, card, data, out, several=len(wanted) > 1)
+    job = Job(
+        config,
+        out.folder,
+        wanted,
+        network,
+        card,
+        data,
+        images=None if data is None else parity_images(data, card, config["seed"]),
+        calibration=[] if data is None else calibration_images(data, seed=config["seed"]),
+    )
     found = [job.made(each, precision) for each, precision in wanted]
     _write_examples(found, out)
     found = [job.judged(each) for each in found]
@@ -151,31 +166,31 @@ def _data(
     return None
 
 
-INT8_NEEDS = (
-    "takes its ranges from training images; expected data=... as the network was trained on"
-)
-
-
+@dataclass(frozen=True)
 class Job:
-    """What all files of one command have in common."""
+    """What the files of one command are made of and checked by.
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        network: nn.Module,
-        card: NetworkCard,
-        data: Data | None,
-        out: OutFolder,
-        *,
-        several: bool,
-    ) -> None:
-        self.config, self.network, self.card, self.data = config, network, card, data
-        self.out, self.several = out, several
-        self.precisions = {precision for _, precision in files_of(config)}
-        self.images = None if data is None else parity_images(data, card, config["seed"])
-        self.calibration: list[np.ndarray] = []
-        if data is not None and "int8" in self.precisions:
-            self.calibration = calibration_images(data, seed=config["seed"])
+    images: (n, c, h, w) float, normalised, of the validation images; None where no data is given.
+    calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges; of training images.
+    """
+
+    config: dict[str, Any]
+    folder: Path
+    wanted: list[tuple[Format, str]]
+    network: nn.Module
+    card: NetworkCard
+    data: Data | None
+    images: Tensor | None
+    calibration: Sequence[np.ndarray]
+
+    @property
+    def alone(self) -> bool:
+        return len(self.wanted) == 1
+
+    def path(self, each: Format, precision: str) -> Path:
+        """Return the file's: model.onnx, or model_fp16.onnx among several precisions."""
+        several = len({precision for _, precision in self.wanted}) > 1
+        return self.folder / f"model{f'_{precision}' if several else ''}{each.suffix}"
 
     def made(self, each: Format, precision: str) -> Made:
         """Write a file and check it; one that cannot be made, or disagrees, is told of.
@@ -189,11 +204,10 @@ class Job:
                 raise InputError(f"{each.name} is not written in {precision}")
             if precision == "int8" and not self.calibration:
                 raise InputError(f"int8 {INT8_NEEDS}")
-            device = device_for(each, precision, self.config, alone=not self.several)
-            name = f"model_{precision}" if len(self.precisions) > 1 else "model"
+            device = device_for(each, precision, self.config, alone=self.alone)
             report = export_file(
                 self.network,
-                self.out.folder / f"{name}{each.suffix}",
+                self.path(each, precision),
                 device,
                 card=self.card,
                 images=self.images,
@@ -207,11 +221,12 @@ class Job:
             return replace(found, left_out=f"deleted: {error}", disagrees=True)
         except InputError as error:
             words = str(error).replace("device.", "")  # options of ours, where a device has them
-            if not self.several:
+            if self.alone:
                 raise InputError(words) from error
             return replace(found, left_out=words)
         batch = "one image at a time" if each.suffix in ONE_IMAGE else "batch size free"
-        print(f"{report.path}: {report.bytes:,} bytes, {precision} for {each.runtime}, {batch}")
+        files = " and ".join(map(str, parts(report.path)))
+        print(f"{files}: {report.bytes:,} bytes, {precision} for {each.runtime}, {batch}")
         print(_parity(report, each.runtime, self.images))
         return replace(found, device=device, report=report)
 
@@ -229,9 +244,6 @@ class Job:
             device=found.device,
         )
         return replace(found, accuracy=accuracy)
-
-
-ONE_IMAGE = (".tflite", ".pte", ".pt2")
 
 
 def device_for(each: Format, precision: str, config: dict[str, Any], *, alone: bool) -> Device:
