@@ -201,7 +201,8 @@ class Job:
         found = Made(each, precision)
         try:
             if precision not in each.precisions:
-                raise InputError(f"{each.name} is not written in {precision}")
+                kept = " and ".join(each.precisions)
+                raise InputError(f"its converter writes {kept} alone")
             if precision == "int8" and not self.calibration:
                 raise InputError(f"int8 {INT8_NEEDS}")
             device = device_for(each, precision, self.config, alone=self.alone)
