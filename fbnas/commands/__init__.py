@@ -115,7 +115,16 @@ def _how_to_resume(command: str, overrides: Sequence[str], out: str | None) -> s
 
 def _quieten() -> None:
     """Keep the libraries' own remarks out of the output."""
-    for name in ("httpx", "datasets", "torch", "torchao", "absl", "onnxscript", "lightning_fabric"):
+    for name in (
+        "httpx",
+        "datasets",
+        "torch",
+        "torch.utils._pytree",
+        "torchao",
+        "absl",
+        "onnxscript",
+        "lightning_fabric",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

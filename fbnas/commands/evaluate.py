@@ -7,6 +7,7 @@ from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_target_ms, data_of_file, device_of
 from fbnas.export import accuracy_of_file, check_suffix, read_metadata
 from fbnas.latency.devices import ROUNDS
+from fbnas.latency.model_files import size_bytes
 
 LEAST_TOLERANCE = 0.05  # a target is missed by more than this, or twice the noise floor
 
@@ -45,7 +46,7 @@ def main(config: dict[str, Any]) -> int:
         noise_floor=measurement.noise_floor,
         planned=planned,
         target_ms=target_ms,
-        model_bytes=model.stat().st_size,
+        model_bytes=size_bytes(model),
         architecture=read_metadata(model).get("architecture"),
         device=device.fingerprint(),
     )

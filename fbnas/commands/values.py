@@ -33,6 +33,7 @@ LISTS = {  # options that take one value or a list of them
         "targets",
     ),
     "compress": ("method",),
+    "export": ("format", "precision"),
 }
 LEAST = {
     "classes": 1,
@@ -48,6 +49,7 @@ LEAST = {
     "ranked": 1,
     "random": 0,
     "seed": 0,
+    "threads": 1,
     "launcher.jobs": 1,
     "launcher.gpus": 0,
     "launcher.cpus": 1,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,32 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fbnas.errors import InputError, unknown
-from fbnas.export.metadata import METADATA_PREFIX, metadata_of, sidecar
-from fbnas.export.onnx import PARITY_IMAGES, ExportReport, compare, export_onnx
-from fbnas.files import write_json
+from fbnas.errors import InputError
+from fbnas.export.formats import FORMATS, check_precision
+from fbnas.export.ir import write_ir
+from fbnas.export.metadata import METADATA_PREFIX, embed, metadata_of, sidecar
+from fbnas.export.onnx import (
+    PARITY_IMAGES,
+    ExportReport,
+    ParityError,
+    compare,
+    export_onnx,
+    halve_onnx,
+)
+from fbnas.files import atomic_write, write_json
+from fbnas.latency import model_files
 from fbnas.latency.converting import convert
 from fbnas.latency.devices import Device
-from fbnas.latency.lowering import quantize_onnx
+from fbnas.latency.lowering import OPSET, quantize_onnx
 from fbnas.latency.profiling import AnyDevice
-from fbnas.latency.runtimes import RUNTIMES, runtime
+from fbnas.latency.runtimes import RUNTIMES, runtime, suffixes
 from fbnas.space.network import NetworkCard
 
-FORMATS = {"onnx": "onnxruntime", "tflite": "litert", "pte": "executorch", "pt2": "pytorch"}
-
-
-def runtime_of_format(name: str) -> str:
-    """Return the runtime whose files are meant: by its own name or by their suffix.
-
-    Raises:
-        InputError: unknown name.
-    """
-    wanted = name.removeprefix(".")
-    if wanted in RUNTIMES:
-        return wanted
-    if wanted not in FORMATS:
-        raise unknown("format", name, [*FORMATS, *RUNTIMES])
-    return FORMATS[wanted]
+FP16_TOLERANCE = 2e-2  # relative RMS: fp16 keeps 11 bits, and a network's errors add up
 
 
 def export_file(
@@ -45,31 +42,88 @@ def export_file(
     card: NetworkCard,
     images: Tensor | None = None,
     calibration: Sequence[np.ndarray] = (),
+    precision: str | None = None,
+    opset: int = OPSET,
+    least_agreement: float | None = None,
 ) -> ExportReport:
-    """Write a network as the device's runtime executes it, at the device's precision.
+    """Write a network as the device's runtime executes it, in the format of `path`'s suffix.
 
-    ONNX files take any batch and hold their metadata; others take one image at a time and have
-    them in PATH.json. The file stays only if its scores agree with torch's, within the runtime's
-    tolerance at fp32; an int8 file is judged by its accuracy.
+    ONNX files and OpenVINO's IR take any batch and hold their metadata; others take one image at a
+    time and have them in PATH.json too. The file stays only if its scores agree with torch's: at
+    fp32 within the runtime's tolerance, at fp16 within 2 % (relative RMS), at int8 by the share of
+    images that get the same class, where `least_agreement` states one.
 
     Args:
         images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
         calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges.
+        precision: fp32, fp16 or int8; the device's where not given.
+        opset: version of ONNX's operators, 13 to 20.
+        least_agreement: 0 to 1, of int8 files.
 
     Raises:
         InputError: int8 without calibration, or it cannot be converted or run here.
-        RuntimeError: the file disagrees with torch; it is not kept.
+        ParityError: the file disagrees with torch; it is not kept.
     """
-    if device.precision == "int8" and not calibration:
+    precision = precision or device.precision
+    if precision == "int8" and not calibration:
         raise InputError(
             "int8 takes its ranges from images; expected data=... with training images"
         )
     if images is None:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(PARITY_IMAGES, *card.input_shape, generator=generator)
-    if device.suffix == ".onnx":
-        return _export_onnx(network, path, device, card=card, images=images, shown=calibration)
-    assert isinstance(device, Device)
+    shown = [] if precision == "fp32" else calibration
+    if path.suffix == ".onnx" and precision == "fp32":
+        return export_onnx(network, path, card=card, images=images, opset=opset)
+    try:
+        if path.suffix in (".onnx", ".xml"):
+            check_precision(FORMATS["onnx"], precision)
+            _write_through_onnx(
+                network, path, card, precision=precision, images=images, shown=shown, opset=opset
+            )
+        else:
+            assert isinstance(device, Device)
+            _convert(network, path, device, card, shown)
+        return _checked(
+            network, path, device, images, precision=precision, least_agreement=least_agreement
+        )
+    except BaseException:
+        model_files.remove(path)
+        sidecar(path).unlink(missing_ok=True)
+        raise
+
+
+def _write_through_onnx(
+    network: nn.Module,
+    path: Path,
+    card: NetworkCard,
+    *,
+    precision: str,
+    images: Tensor,
+    shown: Sequence[np.ndarray],
+    opset: int,
+) -> None:
+    """Write the fp32 ONNX file, and from it another precision, OpenVINO's IR, or both."""
+    with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
+        source, quantized = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        export_onnx(network, source, card=card, images=images, opset=opset)
+        if precision == "int8":
+            quantize_onnx(source, quantized, shown)
+            source = quantized
+        if path.suffix == ".xml":
+            write_ir(source, path, _named(card), halve=precision == "fp16")
+        elif precision == "fp16":
+            halve_onnx(source, path)
+        else:
+            atomic_write(path, source.read_bytes())
+
+
+def _convert(
+    network: nn.Module, path: Path, device: Device, card: NetworkCard, shown: Sequence[np.ndarray]
+) -> None:
+    """Write a file by the runtime's own converter, its metadata in it and beside it."""
+    stated = {"runtime": device.runtime, "precision": device.precision, "batch": 1}
+    content = {**{name: json.loads(value) for name, value in _named(card).items()}, **stated}
     convert(
         device.runtime,
         network,
@@ -77,62 +131,57 @@ def export_file(
         path,
         precision=device.precision,
         batch=1,
-        calibration=calibration,
+        calibration=shown,
         converter=device.converter or (None if device.host else device.python),
+        text=json.dumps(content),
     )
-    try:
-        report = _checked(network, path, device, images)
-    except BaseException:
-        path.unlink()
-        raise
-    stated = {"runtime": device.runtime, "precision": device.precision, "batch": 1}
-    content = {key: json.loads(value) for key, value in metadata_of(card).items()}
-    named = {key.removeprefix(METADATA_PREFIX): value for key, value in content.items()}
-    write_json(sidecar(path), {**named, **stated})
-    return report
+    embed(path, content)
+    write_json(sidecar(path), content)
 
 
-def _export_onnx(
+def _named(card: NetworkCard) -> dict[str, str]:
+    return {key.removeprefix(METADATA_PREFIX): text for key, text in metadata_of(card).items()}
+
+
+def _checked(
     network: nn.Module,
     path: Path,
     device: AnyDevice,
-    *,
-    card: NetworkCard,
     images: Tensor,
-    shown: Sequence[np.ndarray],
+    *,
+    precision: str,
+    least_agreement: float | None,
 ) -> ExportReport:
-    if device.precision == "fp32":
-        return export_onnx(network, path, card=card, images=images)
-    source = path.with_name(f".{path.name}.fp32")
-    try:
-        export_onnx(network, source, card=card, images=images)
-        quantize_onnx(source, path, shown)
-    finally:
-        source.unlink(missing_ok=True)
-    error, agreement = compare(_scores_of(network, images), device.scores(path, images.numpy()))
-    return ExportReport(path, path.stat().st_size, error, agreement)
-
-
-def _checked(network: nn.Module, path: Path, device: Device, images: Tensor) -> ExportReport:
     """Run the file where its runtime is; without one here the numbers stay unknown.
 
     Raises:
-        RuntimeError: it disagrees with torch.
+        ParityError: it disagrees with torch.
     """
-    size = path.stat().st_size
-    if not (device.host or device.python or runtime(device.runtime).available()):
+    size = model_files.size_bytes(path)
+    if isinstance(device, Device) and not _can_run(device):
         return ExportReport(path, size, None, None)
     expected, found = _scores_of(network, images), device.scores(path, images.numpy())
     error, agreement = compare(expected, found)
     difference = float(np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean()))
-    tolerance = runtime(device.runtime).TOLERANCE[device.precision]
-    if device.precision == "fp32" and not difference <= tolerance:  # a NaN is no agreement
-        raise RuntimeError(
+    if precision == "int8":
+        if least_agreement is not None and agreement < least_agreement:
+            raise ParityError(
+                f"{path} was not kept: it gives torch's class for {100 * agreement:.1f} % of "
+                f"{len(images)} images, at least {100 * least_agreement:g} % are expected."
+            )
+        return ExportReport(path, size, error, agreement)
+    tolerance = FP16_TOLERANCE if precision == "fp16" else runtime(device.runtime).TOLERANCE["fp32"]
+    if not difference <= tolerance:  # a NaN is no agreement
+        raise ParityError(
             f"{path} was not kept: its scores differ from torch's by {difference:.1e} (relative "
             f"RMS, tolerance {tolerance:.0e}) over {len(images)} images; an operation of the "
             f"network is converted wrongly for {device.runtime}."
         )
     return ExportReport(path, size, error, agreement)
+
+
+def _can_run(device: Device) -> bool:
+    return bool(device.host or device.python or runtime(device.runtime).available())
 
 
 def _scores_of(network: nn.Module, images: Tensor) -> np.ndarray:
@@ -148,16 +197,17 @@ def check_suffix(model: Path, device: AnyDevice) -> None:
     Raises:
         InputError: the runtimes that it is for are named.
     """
-    if model.suffix == device.suffix:
+    reads = suffixes(device.runtime) if isinstance(device, Device) else (device.suffix,)
+    if model.suffix in reads:
         return
-    fitting = [name for name in RUNTIMES if model.suffix == runtime(name).SUFFIX]
+    fitting = [name for name in RUNTIMES if model.suffix in suffixes(name)]
     if not fitting:
-        known = ", ".join(sorted({runtime(name).SUFFIX for name in RUNTIMES}))
+        known = ", ".join(sorted({suffix for name in RUNTIMES for suffix in suffixes(name)}))
         raise InputError(
             f"{model}: no runtime is known for {model.suffix or 'it'}; expected {known}"
         )
     raise InputError(
         f"{model} is for {' or '.join(fitting)}, the device runs {device.runtime} "
-        f"({device.suffix}); expected device.runtime={fitting[0]}, or a file for {device.runtime} "
-        f"(fbnas export format={device.runtime})"
+        f"({', '.join(reads)}); expected device.runtime={fitting[0]}, or a file for "
+        f"{device.runtime} (fbnas export format={device.runtime})"
     )

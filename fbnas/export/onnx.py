@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,16 @@ from fbnas.errors import InputError
 from fbnas.export.metadata import metadata_of
 from fbnas.export.session import open_session, run
 from fbnas.files import atomic_write
-from fbnas.latency.lowering import write_onnx
+from fbnas.latency.lowering import OPSET, write_onnx
 from fbnas.space.network import NetworkCard
 
 # Rounding differs with the order of sums; FBNet-A and FBNet-C at 224 were measured at 5e-7.
 TOLERANCE = 1e-3
 PARITY_IMAGES = 16
+
+
+class ParityError(RuntimeError):
+    """The file answers otherwise than its network; it is not kept."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def export_onnx(
     input_shape: tuple[int, int, int] | None = None,
     images: Tensor | None = None,
     tolerance: float = TOLERANCE,
+    opset: int = OPSET,
 ) -> ExportReport:
     """Write a network as ONNX, "images" (batch, c, h, w) to "scores" (batch, classes), any batch.
 
@@ -54,10 +60,11 @@ def export_onnx(
         input_shape: (c, h, w), where there is no card and the network does not know its own.
         images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
         tolerance: the largest `max_error` that is accepted.
+        opset: version of ONNX's operators, 13 to 20.
 
     Raises:
         InputError: neither card nor input shape, or an operation that ONNX has no form for.
-        RuntimeError: the file disagrees with torch; it is not kept.
+        ParityError: the file disagrees with torch; it is not kept.
     """
     shape = card.input_shape if card is not None else input_shape
     shape = getattr(network, "input_shape", None) if shape is None else shape
@@ -69,16 +76,30 @@ def export_onnx(
     metadata = {} if card is None else metadata_of(card)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "network.onnx"
-        write_onnx(network, shape, written, batch=None, metadata=metadata)
+        write_onnx(network, shape, written, batch=None, metadata=metadata, opset=opset)
         error, agreement = _compare(network, written, images)
         if not error <= tolerance:  # a NaN is no agreement
-            raise RuntimeError(
+            raise ParityError(
                 f"{path} was not written: its scores differ from torch's by {error:.1e} of the "
                 f"largest (tolerance {tolerance:.0e}) over {len(images)} images; an operation of "
                 "the network is exported wrongly."
             )
         atomic_write(path, written.read_bytes())
     return ExportReport(path, path.stat().st_size, error, agreement)
+
+
+def halve_onnx(source: Path, path: Path) -> None:
+    """Write the fp16 form of an ONNX file: weights and arithmetic; input and output stay fp32."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights below 6e-8 become that
+        model = convert_float_to_float16(onnx.load(source), keep_io_types=True)
+    OnnxModel(model).topological_sort()  # the casts of input and output were added at the end
+    onnx.checker.check_model(model)
+    atomic_write(path, model.SerializeToString())
 
 
 def _compare(network: nn.Module, path: Path, images: Tensor) -> tuple[float, float]:

@@ -3,9 +3,9 @@
     python converter.py RUNTIME_FILE [PACKAGES THAT IT NEEDS]
 
 JSON lines: the first on stdout says {"missing": [packages]}. Then every line on stdin asks for a
-conversion, {"program", "input_shape", "path", "precision", "batch", "calibration"}, and is answered
-by {"error": null} or {"error": words, "kind": class}. `program` is a file of torch.export,
-`calibration` a .npz of arrays. Ends when stdin closes.
+conversion, {"program", "input_shape", "path", "precision", "batch", "calibration", "more"}, and is
+answered by {"error": null} or {"error": words, "kind": class}. `program` is a file of torch.export,
+`calibration` a .npz of arrays, `more` what else `compile` is given. Ends when stdin closes.
 """
 
 import importlib.util
@@ -55,6 +55,7 @@ def convert(runtime: ModuleType, job: dict[str, Any]) -> None:
         precision=job["precision"],
         batch=job["batch"],
         calibration=calibration,
+        **job.get("more", {}),
     )
 
 

@@ -47,6 +47,7 @@ def convert(
     batch: int | None,
     calibration: Iterable[np.ndarray],
     converter: str | None = None,
+    text: str = "",
 ) -> None:
     """Write the file that a runtime executes; the module itself is left as it is.
 
@@ -56,6 +57,7 @@ def convert(
         batch: images per run; None leaves it open where the format can, else it is 1.
         calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges.
         converter: a python that has the packages which conversion needs; None for this one.
+        text: to be stored in the file, where the runtime's converter can (HOLDS_TEXT).
 
     Raises:
         ConversionError: the module cannot be converted; in the converter's own words.
@@ -71,7 +73,8 @@ def convert(
         shown = pieces(shown, batch or 1)
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         made = Path(folder) / f"model{file.SUFFIX}"
-        job = _Job(file, module, input_shape, made, precision, batch, list(shown))
+        more = {"text": text} if text and getattr(file, "HOLDS_TEXT", False) else {}
+        job = _Job(file, module, input_shape, made, precision, batch, list(shown), more)
         if packages and (converter is not None or lacking(packages)):
             _convert_there(_worker(file, packages, converter), job)
         else:
@@ -88,6 +91,7 @@ class _Job:
     precision: str
     batch: int | None
     calibration: list[np.ndarray]
+    more: dict[str, str]
 
 
 def needed(file: ModuleType, precision: str) -> tuple[str, ...]:
@@ -117,6 +121,7 @@ def _convert_here(job: _Job) -> None:
             precision=job.precision,
             batch=job.batch,
             calibration=job.calibration,
+            **job.more,
         )
     except InputError as error:
         raise ConversionError(str(error)) from error
@@ -137,6 +142,7 @@ def _convert_there(worker: "_Worker", job: _Job) -> None:
             "precision": job.precision,
             "batch": job.batch,
             "calibration": str(calibration),
+            "more": job.more,
         }
     )
     if error is not None:

@@ -1,7 +1,6 @@
 """Device: the machine that a network is meant for, and how models are measured on it."""
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import numpy as np
 
 from fbnas.errors import InputError, check_known, unknown
 from fbnas.files import read_json, read_jsonl, write_json
-from fbnas.latency import timing
+from fbnas.latency import model_files, timing
 from fbnas.latency.hosts import Host, LocalHost, RuntimeCrashError
 from fbnas.latency.runner import cpu_model
 from fbnas.latency.runtimes import available_runtime, provider_name, runtime
@@ -327,13 +326,13 @@ class Device:
         return found
 
     def _job(self, files: Sequence[Path]) -> dict[str, Any]:
-        for path in files:
+        for path in (part for file in files for part in model_files.parts(file)):
             if not path.is_file():
                 raise InputError(f"{path}: no such model file")
         file = runtime(self.runtime)
         return {
             "models": [str(path.resolve()) for path in files],
-            "digests": [_digest(path) for path in files],
+            "digests": [model_files.digest(path) for path in files],
             "runtime": str(file.__file__),
             "fingerprint": self.fingerprint(),
             "settings": {"threads": self.threads, "provider": self.provider},
@@ -475,8 +474,3 @@ def _measurement(work: Path, *, seed: int) -> Measurement:
         load=lines[-1].get("load"),
         unstable=timing.unstable(samples_ms),
     )
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 INPUT_NAME = "images"
 OUTPUT_NAME = "scores"
 OPSET = 17
+OPSETS = range(13, 21)  # from the first with scales per channel, to the last of this exporter
 SYMMETRIES = ("asymmetric", "symmetric")
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FOLLOWING = (  # ONNX Runtime quantizes them where their input is
@@ -77,6 +78,9 @@ class Scheme:
             )
 
 
+_PREPROCESSED = "onnx.quant.pre_process"  # ONNX Runtime's mark; silences its advice to pre-process
+
+
 def write_onnx(
     module: nn.Module,
     input_shape: tuple[int, int, int],
@@ -84,6 +88,7 @@ def write_onnx(
     *,
     batch: int | None = 1,
     metadata: dict[str, str] | None = None,
+    opset: int = OPSET,
 ) -> None:
     """Write `module` in eval mode as ONNX: "images" (batch, c, h, w) to "scores".
 
@@ -93,17 +98,20 @@ def write_onnx(
         input_shape: (c, h, w) of one image.
         batch: images per run; None leaves it open.
         metadata: key-value pairs stored in the file.
+        opset: version of ONNX's operators, one of OPSETS.
 
     Raises:
-        InputError: the module uses an operation that ONNX has no form for.
+        InputError: another opset, or the module uses an operation that ONNX has no form for.
     """
     import onnx
 
+    if opset not in OPSETS:
+        raise InputError(f"opset={opset!r}; expected {OPSETS[0]} to {OPSETS[-1]}.")
     module = copy.deepcopy(module).cpu().float().eval()
     if batch is None:
-        model = _trace_any_batch(module, input_shape)
+        model = _trace_any_batch(module, input_shape, opset)
     else:
-        model = _trace(module, (batch, *input_shape))
+        model = _trace(module, (batch, *input_shape), opset)
     _remove_identities_(model.graph)
     onnx.helper.set_model_props(model, metadata or {})
     onnx.checker.check_model(model)
@@ -136,20 +144,24 @@ def compile_onnx(
         quantize_onnx(source, path, calibration)
 
 
-def _trace_any_batch(module: nn.Module, input_shape: tuple[int, int, int]) -> "onnx.ModelProto":
+def _trace_any_batch(
+    module: nn.Module, input_shape: tuple[int, int, int], opset: int
+) -> "onnx.ModelProto":
     """Trace with fixed shapes, so that shape arithmetic folds into constants, then free the batch.
 
     Two batch sizes that leave the same graph show that no constant in it depends on the batch;
     otherwise the exporter's own dynamic axes serve, with the arithmetic left in the graph.
     """
-    traces = [_free_batch_(_trace(module, (batch, *input_shape))) for batch in (2, 3)]
+    traces = [_free_batch_(_trace(module, (batch, *input_shape), opset)) for batch in (2, 3)]
     if traces[0].SerializeToString() == traces[1].SerializeToString():
         return traces[0]
     axes = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}}
-    return _trace(module, (2, *input_shape), dynamic_axes=axes)
+    return _trace(module, (2, *input_shape), opset, dynamic_axes=axes)
 
 
-def _trace(module: nn.Module, shape: tuple[int, ...], **options: Any) -> "onnx.ModelProto":
+def _trace(
+    module: nn.Module, shape: tuple[int, ...], opset: int, **options: Any
+) -> "onnx.ModelProto":
     import onnx
 
     buffer = io.BytesIO()
@@ -161,7 +173,7 @@ def _trace(module: nn.Module, shape: tuple[int, ...], **options: Any) -> "onnx.M
                 (torch.zeros(shape),),
                 buffer,  # type: ignore[arg-type]  # a stream is taken by this exporter alone
                 dynamo=False,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
                 **options,
@@ -169,7 +181,7 @@ def _trace(module: nn.Module, shape: tuple[int, ...], **options: Any) -> "onnx.M
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(
             f"{type(module).__name__} has no ONNX form ({str(error).splitlines()[0]}); expected "
-            f"operations of ONNX opset {OPSET}: replace that one in the block."
+            f"operations of ONNX opset {opset}: replace that one in the block."
         ) from error
     return onnx.load_from_string(buffer.getvalue())
 

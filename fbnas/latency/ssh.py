@@ -30,6 +30,7 @@ from fbnas.latency.hosts import (
     judge_end,
     read_facts,
 )
+from fbnas.latency.model_files import parts
 
 log = logging.getLogger(__name__)
 
@@ -376,7 +377,10 @@ def _stage(work: Path, stage: Path, *, scores: bool) -> dict[str, str]:
     for path, digest in zip(models, job["digests"], strict=True):
         name = f"{digest[:16]}{path.suffix}"
         names.append(name)
-        files[name], digests[name] = path, digest
+        files[name], *others = parts(path)
+        files |= {f"{digest[:16]}{other.suffix}": other for other in others}
+        if not others:
+            digests[name] = digest
         check = Path(f"{path}.check.npz")
         if check.is_file():
             files[f"{name}.check.npz"] = check

@@ -22,6 +22,7 @@ from tiny_run import SMALL, write_space, write_table
 from fbnas.commands import main
 from fbnas.commands.composition import compose_single
 from fbnas.commands.stages import Judge, Stage
+from fbnas.export import read_metadata
 from fbnas.latency.devices import Device, Measurement
 from fbnas.latency.runtimes import runtime as runtime_file
 from fbnas.latency.table import LatencyTable
@@ -223,7 +224,7 @@ def test_another_runtime_exports_evaluates_and_refuses_the_wrong_file(
     stand: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "p"
-    assert main(["export", "model=r", "format=pt2", f"out={out}"]) == 0
+    assert main(["export", "model=r", "format=pt2", "measure=false", f"out={out}"]) == 0
     assert "same class for 100.0 % of images" in capsys.readouterr().out
     made = read(out / "result.json")
     assert (made["runtime"], made["model"]) == ("pytorch", "model.pt2")
@@ -236,6 +237,9 @@ def test_another_runtime_exports_evaluates_and_refuses_the_wrong_file(
     assert main(evaluate) == 2
     assert "expected device.runtime=pytorch" in capsys.readouterr().err
     (out / "model.pt2.json").unlink()
+    assert read_metadata(out / "model.pt2")["architecture"] == made["architecture"]
+    program = torch.export.export(torch.nn.Flatten(), (torch.zeros(1, 1, 8, 8),))
+    torch.export.save(program, out / "model.pt2")
     assert main([*evaluate, "device.runtime=pytorch"]) == 2
     assert "model.pt2.json is missing" in capsys.readouterr().err
     assert main(["export", "model=r", "precision=int8", f"out={tmp_path / 'q'}"]) == 2

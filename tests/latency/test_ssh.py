@@ -178,6 +178,19 @@ def json_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_model_of_two_files_arrives_whole(
+    server: Server, files: list[Path], tmp_path: Path
+) -> None:
+    if not runtime("openvino").available():
+        pytest.skip("openvino is not installed here")
+    import openvino
+
+    path = tmp_path / "model.xml"
+    openvino.save_model(openvino.Core().read_model(files[0]), path, compress_to_fp16=False)
+    found = board(server, runtime="openvino").measure([path], rounds=2)
+    assert found.whole[0].latency_ms > 0
+
+
 def test_files_that_are_there_are_not_sent_again(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,11 +2,13 @@
 
 A runtime file is a module with
     NAME, INSTALL      its name in configs; the command that installs it
-    SUFFIX             of the model files it loads
+    SUFFIX             of the model files that `compile` writes
+    READS              optional: the suffixes of all model files it loads, where there are others
     PRECISIONS         the precisions it can compile to
     PROVIDERS          what may execute within it: name -> how to get it; the first is the default
     TOLERANCE          precision -> largest relative RMS difference from torch's output accepted
     CONVERTER          packages that `compile` needs beyond fbnas's own; () where there are none
+    HOLDS_TEXT         optional: True where `compile` takes `text`, which it stores in the file
     CONVERTER_INT8     optional: the same for int8, where it differs
     available() -> bool, version() -> str, providers() -> list[str]    providers: those found here
     compile(module, input_shape, path, *, precision, batch, calibration)   on the host: a model file
@@ -47,6 +49,17 @@ def runtime(name: str) -> ModuleType:
     if name not in RUNTIMES:
         raise unknown("runtime", name, RUNTIMES)
     return importlib.import_module(RUNTIMES[name])
+
+
+def suffixes(name: str) -> tuple[str, ...]:
+    """Return the suffixes of the model files that a runtime loads, that of its own first.
+
+    Raises:
+        InputError: unknown name.
+    """
+    file = runtime(name)
+    found: tuple[str, ...] = getattr(file, "READS", (file.SUFFIX,))
+    return found
 
 
 def available_runtime(name: str) -> ModuleType:

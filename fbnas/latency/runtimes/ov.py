@@ -1,4 +1,6 @@
-"""OpenVINO; it reads the same ONNX files as ONNX Runtime, int8 (QDQ) included.
+"""OpenVINO; it reads the same ONNX files as ONNX Runtime, int8 (QDQ) included, and its own IR.
+
+An IR is two files, NAME.xml and NAME.bin; `fbnas export format=openvino` writes it.
 
 fp32 is fp32: left to itself OpenVINO computes fp32 files in bf16 or fp16 where the machine can
 (8e-3 off on FBNet-C). NPUs have no fp32 and compute in fp16. Its threads are not pinned to cores by
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 NAME = "openvino"
 INSTALL = "pip install openvino"
 SUFFIX = ".onnx"
+READS = (".onnx", ".xml")
 PRECISIONS = ("fp32", "int8")
 PROVIDERS = {
     "CPU": INSTALL,

@@ -27,6 +27,8 @@ PRECISIONS = ("fp32", "int8")
 PROVIDERS = {"XNNPACK": INSTALL}
 TOLERANCE = {"fp32": 1e-3, "int8": 0.3}
 CONVERTER = ("executorch", "torchao")
+HOLDS_TEXT = True  # as what a method of the name TEXT returns
+TEXT = "fbnas"
 
 
 def available() -> bool:
@@ -50,6 +52,7 @@ def compile(
     precision: str,
     batch: int | None,
     calibration: Sequence[np.ndarray],
+    text: str = "",
 ) -> None:
     """Write a .pte file.
 
@@ -59,6 +62,7 @@ def compile(
         precision: fp32 or int8.
         batch: images per run; None is 1.
         calibration: arrays (batch, c, h, w) float32, from which int8 takes its ranges.
+        text: what the file's method TEXT returns; "" for no such method.
     """
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -71,7 +75,11 @@ def compile(
         if precision == "int8":
             quantized = _quantized(program.module(), calibration)
             program = torch.export.export(quantized, images, strict=False)
-        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        edge = to_edge_transform_and_lower(
+            program,
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={TEXT: text} if text else None,
+        )
         path.write_bytes(edge.to_executorch().buffer)
 
 

@@ -1,0 +1,242 @@
+"""fbnas export: several files at once, what is left out or deleted, and what is said of it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import write_space
+
+from fbnas.commands import export, main
+from fbnas.compression import calibration_images
+from fbnas.export import FORMATS
+from fbnas.latency.runtimes import runtime
+from fbnas.space import load_network
+from fbnas.training.data import Data, load_data
+from fbnas.training.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a network that `fbnas train` trained on digits."""
+    root = tmp_path_factory.mktemp("trained")
+    space = write_space(root)
+    (root / "a.yaml").write_text("space: tiny\nblocks: [k3_e3, k5_e1, k3_e3]\n")
+    small = ["data=digits", "training.epochs=4", f"out={root / 'network'}"]
+    assert main(["train", f"architecture={root / 'a.yaml'}", f"space={space}", *small]) == 0
+    return root / "network"
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data(source="digits", resolution=8)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As where runtimes and their converters are not installed."""
+    absent = {package for name in names for package in runtime(name).CONVERTER}
+    for name in names:
+        monkeypatch.delenv(f"FBNAS_{name.upper()}_PYTHON", raising=False)
+        monkeypatch.setattr(runtime(name), "available", lambda: False)
+    for place in ("fbnas.latency.converting.lacking", "fbnas.commands.export.lacking"):
+        monkeypatch.setattr(place, lambda given: [name for name in given if name in absent])
+
+
+def test_several_files_are_judged_timed_and_told_of(
+    trained: Path, tmp_path: Path, digits: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    several = ["format=onnx", "precision=[fp32,fp16,int8]", "data=digits", "rounds=4"]
+    assert main(["export", f"model={trained}", *several, f"out={out}"]) == 0
+    shown = capsys.readouterr().out
+    result = read(out / "result.json")
+    assert [file["precision"] for file in result["files"]] == ["fp32", "fp16", "int8"]
+    network, card = load_network(trained)
+    accuracy = evaluate(network, digits.test, mean=card.mean, std=card.std)[1]
+    assert result["accuracy_top1_network"] == pytest.approx(accuracy)
+    for file in result["files"]:
+        path = out / file["file"]
+        assert (file["format"], file["runtime"]) == ("onnx", "onnxruntime")
+        assert path.name == f"model_{file['precision']}.onnx"
+        assert file["bytes"] == path.stat().st_size
+        assert file["accuracy_top1"] == pytest.approx(accuracy, abs=0.05)
+        assert file["parity_argmax_agreement"] >= 0.9
+        latency = file["latency_ms"]
+        assert 0 < latency["low"] <= latency["value"] <= latency["high"]
+        assert f"{path}: {file['bytes']:,} bytes, {file['precision']} for onnxruntime" in shown
+        assert f"{file['accuracy_top1']:.4f}" in shown
+    errors = [file["parity_max_error"] for file in result["files"]]
+    assert errors == sorted(errors)
+    assert result["files"][0]["accuracy_top1"] == pytest.approx(accuracy, abs=2.1 / 360)
+    assert "of 256 validation images" in shown
+    assert f"the network itself (torch): accuracy {accuracy:.4f}" in shown
+    assert "model" not in result
+
+
+def test_all_makes_what_can_be_made_and_says_what_it_left_out(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without(monkeypatch, "litert", "executorch")
+    out = tmp_path / "out"
+    quick = ["precision=[fp32,int8]", "measure=false"]
+    assert main(["export", f"model={trained}", "format=all", *quick, f"out={out}"]) == 0
+    shown = capsys.readouterr().out
+    files = read(out / "result.json")["files"]
+    assert [file["format"] for file in files] == [name for name in FORMATS for _ in range(2)]
+    made = {file["file"] for file in files if "file" in file}
+    wanted = {"model_fp32.onnx", "model_fp32.pt2"}
+    assert made == wanted | ({"model_fp32.xml"} if runtime("openvino").available() else set())
+    for file in files:
+        if "file" not in file:
+            line = f"left out: {file['format']}, {file['precision']}: {file['left_out']}"
+            assert line in shown.splitlines()
+    reasons = {(file["format"], file["precision"]): file.get("left_out") for file in files}
+    assert "int8 takes its ranges from training images" in reasons["onnx", "int8"]
+    assert "litert_torch" in reasons["tflite", "fp32"]
+    assert "converter=PATH" in reasons["tflite", "fp32"]
+    assert "device.converter" not in shown
+    assert "images, which are noise" in shown
+    assert sorted(path.name for path in out.glob("classify_*.py")) == sorted(
+        f"classify_{name}.py" for name in {file["format"] for file in files if "file" in file}
+    )
+
+
+def test_one_that_is_named_and_cannot_be_made_is_wrong_input(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without(monkeypatch, "litert")
+    export_it = ["export", f"model={trained}", "measure=false"]
+    assert main([*export_it, "format=[onnx,tflite]", f"out={tmp_path / 'both'}"]) == 2
+    assert "tflite, fp32: litert cannot be converted for here" in capsys.readouterr().err
+    files = read(tmp_path / "both" / "result.json")["files"]
+    assert files[0]["file"] == "model.onnx"
+    assert "left_out" in files[1]
+    assert main([*export_it, "format=tflite", f"out={tmp_path / 'one'}"]) == 2
+    assert not (tmp_path / "one" / "result.json").exists()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_that_disagrees_is_deleted_and_reported(
+    several: bool,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def narrow(*arguments: Any, **options: Any) -> Sequence[np.ndarray]:
+        return [array * 1e-3 for array in calibration_images(*arguments, **options)]
+
+    monkeypatch.setattr(export, "calibration_images", narrow)
+    out = tmp_path / "out"
+    precisions = "[int8,fp32]" if several else "int8"
+    more = [f"precision={precisions}", "data=digits", "measure=false", f"out={out}"]
+    assert main(["export", f"model={trained}", *more]) == 1
+    shown, errors = capsys.readouterr()
+    assert errors == ""
+    name = "model_int8.onnx" if several else "model.onnx"
+    assert f"{name} was not kept: it gives torch's class for" in shown
+    assert not (out / name).exists()
+    assert (out / "model_fp32.onnx").exists() == several
+    file = read(out / "result.json")["files"][0]
+    assert file["left_out"].startswith("deleted: ")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_files_and_their_example_agree_with_the_network(
+    name: str, trained: Path, tmp_path: Path, digits: Data
+) -> None:
+    file, python = runtime(FORMATS[name].runtime), sys.executable
+    if not file.available():
+        elsewhere = os.environ.get(f"FBNAS_{FORMATS[name].runtime.upper()}_PYTHON")
+        if elsewhere is None:
+            pytest.skip(f"{file.NAME} is not installed here ({file.INSTALL})")
+        python = elsewhere
+    out = tmp_path / "out"
+    more = [f"format={name}", "data=digits", "measure=false", f"out={out}"]
+    assert main(["export", f"model={trained}", *more]) == 0
+    result = read(out / "result.json")
+    assert result["parity_max_error"] < 1e-3
+    assert result["parity_argmax_agreement"] == 1
+    network, card = load_network(trained)
+    accuracy = evaluate(network, digits.test, mean=card.mean, std=card.std)[1]
+    assert result["accuracy_top1"] == pytest.approx(accuracy, abs=2.1 / 360)
+    assert result["model"] == f"model{FORMATS[name].suffix}"
+    pixels = digits.test.batch(torch.tensor([3]))
+    Image.fromarray(pixels[0, 0].numpy()).save(out / "digit.png")
+    with torch.no_grad():
+        scores = network.eval()((pixels.float() / 255 - card.mean[0]) / card.std[0])
+    done = subprocess.run(
+        [python, f"classify_{name}.py", "digit.png"],
+        cwd=out,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == card.class_names[int(scores.argmax())]
+
+
+def test_an_ir_is_evaluated_by_openvino_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not runtime("openvino").available():
+        pytest.skip("openvino is not installed here")
+    out = tmp_path / "out"
+    more = ["precision=fp16", "data=digits", "rounds=2", f"out={out}"]
+    assert main(["export", f"model={trained}", "format=openvino", *more]) == 0
+    made = read(out / "result.json")
+    both = [out / "model.xml", out / "model.bin"]
+    assert made["model_bytes"] == sum(path.stat().st_size for path in both)
+    assert made["latency_ms"]["value"] > 0
+    evaluate_it = ["evaluate", f"model={both[0]}", "data=digits", "rounds=4"]
+    openvino = ["device.runtime=openvino", f"out={tmp_path / 'e'}"]
+    assert main([*evaluate_it, *openvino]) == 0
+    found = read(tmp_path / "e" / "result.json")
+    assert found["accuracy_top1"] == made["accuracy_top1"]
+    assert found["model_bytes"] == made["model_bytes"]
+    assert found["architecture"] == made["architecture"]
+    assert main(evaluate_it) == 2
+    assert "expected device.runtime=openvino" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["format=onx"], "Did you mean 'onnx'"),
+        (["format=[all,onnx]"], "expected one, a list of them, or all"),
+        (["format=pte", "precision=fp16"], "pte is written in fp32 and int8"),
+        (["format=all", "precision=fp8"], "Unknown precision 'fp8'"),
+        (["opset=25"], "opset=25; expected 13 to 20"),
+        (["agreement=2"], "agreement=2; expected a fraction"),
+        (["threads=0"], "threads=0; expected a whole number from 1"),
+        (["precision=int8"], "expected data=..."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_options_are_refused_before_anything_is_written(
+    options: list[str],
+    words: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["export", f"model={trained}", *options, f"out={tmp_path / 'out'}"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
