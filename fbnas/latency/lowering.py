@@ -50,14 +50,32 @@ def write_onnx(
     Raises:
         InputError: the module uses an operation that ONNX has no form for.
     """
-    import onnx
+    store_onnx(trace_onnx(module, input_shape, batch=batch), path, metadata=metadata)
 
+
+def trace_onnx(
+    module: nn.Module, input_shape: tuple[int, int, int], *, batch: int | None
+) -> "onnx.ModelProto":
+    """Return what `write_onnx` writes.
+
+    Raises:
+        InputError: the module uses an operation that ONNX has no form for.
+    """
     module = copy.deepcopy(module).cpu().float().eval()
     if batch is None:
         model = _trace_any_batch(module, input_shape)
     else:
         model = _trace(module, (batch, *input_shape))
     _remove_identities_(model.graph)
+    return model
+
+
+def store_onnx(
+    model: "onnx.ModelProto", path: Path | str, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a checked model with its metadata."""
+    import onnx
+
     onnx.helper.set_model_props(model, metadata or {})
     onnx.checker.check_model(model)
     atomic_write(path, model.SerializeToString())
