@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,28 @@ from fbnas.commands.parts import (
     device_of,
     network_folder,
 )
+from fbnas.commands.teachers import (
+    SUPERNET,
+    UNCOMPRESSED,
+    Sources,
+    check_teacher,
+    teacher_of,
+)
 from fbnas.commands.train import report_epoch
 from fbnas.compression import (
+    FORM_FILE,
     METHODS,
     CompressionReport,
     Method,
+    QuantizationReport,
+    Rounded,
     StaticQuantization,
     compress_,
     quantize_file,
 )
 from fbnas.errors import InputError, check_known
-from fbnas.export import accuracy_of_file, export_onnx
+from fbnas.export import accuracy_of_file, export_int8_onnx, export_onnx
+from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.space import NetworkCard, count, load_network, save_network
 from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate
@@ -55,7 +67,16 @@ def main(config: dict[str, Any]) -> int:
     accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
     print_steps(report)
     print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
-    quantized = _int8_file(config, out.folder, network, card, data) if INT8 in names else {}
+    rounded, quantized = _rounded(report), dict[str, Any]()
+    if rounded is not None:
+        quantized = {
+            "quantization": rounded.form.method,
+            "weight_bits": rounded.form.weight_bits,
+            "validation_accuracy_ptq": rounded.ptq_accuracy,
+            "validation_accuracy_qat": rounded.qat_accuracy,
+        }
+    if INT8 in names or rounded is not None:
+        quantized |= _int8_file(config, out.folder, network, card, data)
     first, last = report.before, report.after
     fields = {
         "method": names[0] if len(names) == 1 else names,
@@ -120,16 +141,22 @@ def compress_and_save(
     methods: Sequence[Method],
     resume: bool,
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
+    sources: Sources | None = None,
 ) -> CompressionReport:
     """Compress in place, fine-tuning as `compression.fine_tuning` says, and save the network.
 
     The first training is kept in `folder`, others in its tuning_02 and so on: `resume` goes on
-    from them.
+    from them. What int8 of a trained quantization needs goes into its quantization.json.
+
+    Args:
+        sources: of teachers; by default, the network as it is given is the uncompressed one.
 
     Raises:
         InputError: an unknown option of compression.
     """
     settings, trainings = tuning(config), 0
+    sources = sources or Sources(uncompressed=deepcopy(network))
+    teacher = teacher_of(config["compression"]["fine_tuning"]["teacher"], data, sources)
 
     def tune(model: nn.Module) -> Any:
         nonlocal trainings
@@ -143,6 +170,7 @@ def compress_and_save(
             out=place,
             resume=resume,
             on_epoch=report_epoch(settings.epochs, every=5),
+            teacher=teacher,
         )
 
     report = compress_(
@@ -156,7 +184,17 @@ def compress_and_save(
         seed=config["seed"],
     )
     save_network(folder, network, card)
+    (folder / FORM_FILE).unlink(missing_ok=True)
+    rounded = _rounded(report)
+    if rounded is not None:
+        rounded.form.save(folder / FORM_FILE)
     return report
+
+
+def _rounded(report: CompressionReport) -> Rounded | None:
+    """Return what quantization-aware training found, where nothing came after it."""
+    found = [change for change in report.changes if isinstance(change, Rounded)]
+    return found[0] if found else None
 
 
 def measuring(
@@ -204,21 +242,48 @@ def print_steps(report: CompressionReport) -> None:
 def _int8_file(
     config: dict[str, Any], folder: Path, network: nn.Module, card: NetworkCard, data: Data
 ) -> dict[str, Any]:
-    """Quantize the network's file; return what result.json says of it."""
+    """Write the network's int8 file; return what result.json says of it."""
     source, target = folder / "fp32.onnx", folder / "model.onnx"
     export_onnx(network, source, card=card)
-    report = quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
+    report = write_int8(
+        source, target, config, folder=folder, network=network, card=card, data=data
+    )
     accuracy = accuracy_of_file(target, data.test, mean=card.mean, std=card.std)
     print(f"{target}: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
     print(f"test accuracy of the int8 file {accuracy:.4f}")
     return {"model_bytes": report.bytes_after, "accuracy_top1": accuracy}
 
 
+def write_int8(
+    source: Path,
+    target: Path,
+    config: dict[str, Any],
+    *,
+    folder: Path,
+    network: nn.Module,
+    card: NetworkCard,
+    data: Data,
+) -> QuantizationReport:
+    """Write a network as int8: with the grids it was trained on; calibrated, where there are none.
+
+    Args:
+        source: the network's exported file.
+        folder: the network's, whose quantization.json says the grids.
+    """
+    if not (folder / FORM_FILE).is_file():
+        return quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
+    form = QuantizedForm.load(folder / FORM_FILE)
+    export_int8_onnx(network, form, target, card=card)
+    sizes = source.stat().st_size, target.stat().st_size
+    return QuantizationReport(target, *sizes, calibration_images=0)
+
+
 def _quantize(config: dict[str, Any]) -> int:
     model = Path(config["model"])
     card = None
     if not (model.is_file() and model.suffix == ".onnx"):
-        network, card = load_network(network_folder(model))
+        folder = network_folder(model)
+        network, card = load_network(folder)
         mean, std = card.mean, card.std
         data = data_for(config, card.space)
         check_class_names(data, card.class_names)
@@ -230,7 +295,12 @@ def _quantize(config: dict[str, Any]) -> int:
         source = out.folder / "fp32.onnx"
         export_onnx(network, source, card=card)
     target = out.folder / "model.onnx"
-    report = quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
+    if card is not None:
+        report = write_int8(
+            source, target, config, folder=folder, network=network, card=card, data=data
+        )
+    else:
+        report = quantize_file(source, target, data, quantization_of(config), seed=config["seed"])
     before, after = (accuracy_of_file(f, data.test, mean=mean, std=std) for f in (source, target))
     print(f"{target}: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
     print(f"test accuracy {before:.4f} -> {after:.4f}")
@@ -270,7 +340,9 @@ def check_compression(config: dict[str, Any]) -> None:
 def tuning(config: dict[str, Any]) -> TrainingSettings:
     """Return the settings of fine-tuning: the training's, but for compression.fine_tuning."""
     training = TrainingSettings.from_dict(config["training"])
-    options = config["compression"]["fine_tuning"]
+    options = dict(config["compression"]["fine_tuning"])
+    given = options.pop("teacher")
+    check_teacher("compression.fine_tuning.teacher", given, words=(UNCOMPRESSED, SUPERNET))
     check_known("option of compression.fine_tuning:", options, config["training"])
     return replace(training, **options)
 

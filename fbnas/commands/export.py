@@ -6,10 +6,11 @@ import numpy as np
 
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_class_names, data_for, network_folder
-from fbnas.compression import calibration_images
+from fbnas.compression import FORM_FILE, calibration_images
 from fbnas.errors import InputError
-from fbnas.export import ExportReport, export_file, runtime_of_format
+from fbnas.export import ExportReport, export_file, export_int8_onnx, runtime_of_format
 from fbnas.latency.devices import Device
+from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.space import NetworkCard, count, load_network
 
 
@@ -22,11 +23,20 @@ def main(config: dict[str, Any]) -> int:
         python=config["python"],
         converter=config["converter"],
     )
-    network, card = load_network(network_folder(config["model"]))
-    shown = _calibration(config, card) if device.precision == "int8" else []
+    folder = network_folder(config["model"])
+    network, card = load_network(folder)
+    as_trained = (device.precision, device.suffix) == ("int8", ".onnx") and (
+        folder / FORM_FILE
+    ).is_file()
+    calibrated = device.precision == "int8" and not as_trained
+    shown = _calibration(config, card) if calibrated else []
     out = OutFolder(config)
     path = out.folder / f"model{device.suffix}"
-    report = export_file(network, path, device, card=card, calibration=shown)
+    if as_trained:
+        form = QuantizedForm.load(folder / FORM_FILE)
+        report = export_int8_onnx(network, form, path, card=card)
+    else:
+        report = export_file(network, path, device, card=card, calibration=shown)
     found = count(network, card.input_shape)
     batch = "batch size free" if device.suffix == ".onnx" else "one image at a time"
     print(f"{report.path}: {report.bytes:,} bytes, {device.precision} for {runtime}, {batch}")

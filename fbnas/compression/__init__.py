@@ -11,6 +11,7 @@ from torch import nn
 from fbnas.compression.holding import held, shared, weighted
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
+from fbnas.compression.qat import FORM_FILE, QAT, Rounded
 from fbnas.compression.quantization import (
     QuantizationReport,
     StaticQuantization,
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from fbnas.training.data import Data
 
 __all__ = [
+    "FORM_FILE",
     "METHODS",
+    "QAT",
     "Applied",
     "ChannelPruning",
     "ChannelSet",
@@ -32,6 +35,7 @@ __all__ = [
     "Facts",
     "Method",
     "QuantizationReport",
+    "Rounded",
     "StaticQuantization",
     "Step",
     "Tools",
@@ -44,7 +48,7 @@ __all__ = [
     "weighted",
 ]
 
-METHODS: dict[str, type[Method]] = {method.NAME: method for method in (ChannelPruning,)}
+METHODS: dict[str, type[Method]] = {method.NAME: method for method in (ChannelPruning, QAT)}
 
 
 @dataclass(frozen=True)

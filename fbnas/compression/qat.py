@@ -23,14 +23,13 @@ from fbnas.latency.fake_quantization import (
     rounding_activations,
     rounding_weights,
 )
-from fbnas.latency.lowering import CALIBRATION_RANGES
 
 if TYPE_CHECKING:
     from fbnas.training.data import Data
 
 logger = logging.getLogger(__name__)
 
-PERCENTILE = 99.999  # as ONNX Runtime's calibrator
+RANGES = ("minmax", "percentile")
 FORM_FILE = "quantization.json"  # beside network.yaml
 
 
@@ -51,6 +50,7 @@ class QAT(Method):
         per_channel: one weight scale per output channel instead of one per tensor.
         calibration_images: how many training images are shown, in a seeded random choice.
         ranges: minmax, or percentile, which cuts outliers off.
+        percentile: of the values that its range encloses.
         batch_size: calibration images per run.
         momentum: with which ranges follow the activations while training; 0 leaves them.
     """
@@ -62,6 +62,7 @@ class QAT(Method):
     per_channel: bool = True
     calibration_images: int = 256
     ranges: str = "minmax"
+    percentile: float = 99.999
     batch_size: int = 32
     momentum: float = 0.01
 
@@ -75,8 +76,13 @@ class QAT(Method):
             raise InputError(
                 f"momentum is {self.momentum}; expected 0 (ranges stay) or more and less than 1."
             )
-        if self.ranges not in CALIBRATION_RANGES:
-            raise unknown("calibration ranges", self.ranges, CALIBRATION_RANGES)
+        if self.ranges not in RANGES:
+            raise unknown("calibration ranges", self.ranges, RANGES)
+        if not 50 < self.percentile <= 100:
+            raise InputError(
+                f"percentile is {self.percentile:g}; expected above 50, to 100 at most: the part "
+                "of the values that a range encloses."
+            )
         self._shown()
 
     def apply_(self, model: nn.Module, tools: Tools) -> Applied:
@@ -105,8 +111,9 @@ class QAT(Method):
     def _calibrated(
         self, model: nn.Module, points: Points, data: "Data", seed: int
     ) -> QuantizedForm:
-        images = (torch.from_numpy(batch) for batch in calibration_images(data, self._shown(), seed=seed))
-        percentile = PERCENTILE if self.ranges == "percentile" else None
+        shown = calibration_images(data, self._shown(), seed=seed)
+        images = (torch.from_numpy(batch) for batch in shown)
+        percentile = self.percentile if self.ranges == "percentile" else None
         inputs, outputs = observed_ranges(model, points, images, percentile=percentile)
         return QuantizedForm(self.weight_bits, self.per_channel, inputs, outputs)
 

@@ -194,7 +194,9 @@ def _constants(graph: "onnx.GraphProto") -> dict[str, np.ndarray]:
 
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
-        stated: dict[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        stated: dict[str, Any] = {
+            a.name: onnx.helper.get_attribute_value(a) for a in node.attribute
+        }
         if node.op_type == "Constant" and "value" in stated:
             values[node.output[0]] = onnx.numpy_helper.to_array(stated["value"])
         elif node.op_type == "Cast" and node.input[0] in values:
