@@ -39,6 +39,7 @@ from fbnas.compression import (
 from fbnas.errors import InputError, check_known
 from fbnas.export import accuracy_of_file, export_int8_onnx, export_onnx
 from fbnas.latency.fake_quantization import QuantizedForm
+from fbnas.latency.profiling import AnyDevice
 from fbnas.space import NetworkCard, count, load_network, save_network
 from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate
@@ -276,6 +277,15 @@ def write_int8(
     export_int8_onnx(network, form, target, card=card)
     sizes = source.stat().st_size, target.stat().st_size
     return QuantizationReport(target, *sizes, calibration_images=0)
+
+
+def form_of(folder: Path, device: AnyDevice) -> QuantizedForm | None:
+    """Return how a network was trained for int8; None where it was not, or no ONNX file is meant.
+
+    Runtimes with files of their own take the weights, and ranges by their own converters.
+    """
+    path = folder / FORM_FILE
+    return QuantizedForm.load(path) if device.suffix == ".onnx" and path.is_file() else None
 
 
 def _quantize(config: dict[str, Any]) -> int:

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
+from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_class_names, data_for, network_folder
-from fbnas.compression import FORM_FILE, calibration_images
+from fbnas.compression import calibration_images
 from fbnas.errors import InputError
 from fbnas.export import ExportReport, export_file, export_int8_onnx, runtime_of_format
 from fbnas.latency.devices import Device
-from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.space import NetworkCard, count, load_network
 
 
@@ -25,15 +25,12 @@ def main(config: dict[str, Any]) -> int:
     )
     folder = network_folder(config["model"])
     network, card = load_network(folder)
-    as_trained = (device.precision, device.suffix) == ("int8", ".onnx") and (
-        folder / FORM_FILE
-    ).is_file()
-    calibrated = device.precision == "int8" and not as_trained
+    form = form_of(folder, device) if device.precision == "int8" else None
+    calibrated = device.precision == "int8" and form is None
     shown = _calibration(config, card) if calibrated else []
     out = OutFolder(config)
     path = out.folder / f"model{device.suffix}"
-    if as_trained:
-        form = QuantizedForm.load(folder / FORM_FILE)
+    if form is not None:
         report = export_int8_onnx(network, form, path, card=card)
     else:
         report = export_file(network, path, device, card=card, calibration=shown)

@@ -27,14 +27,11 @@ def fold_bn_(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[str, 
     with torch.no_grad():
         expected = model(images)
         for name, layer, norm in pairs:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            statistics = norm.running_mean, norm.running_var, norm.eps
             weight, bias = fuse_conv_bn_weights(
-                layer.weight,
-                layer.bias,
-                norm.running_mean,
-                norm.running_var,
-                norm.eps,
-                norm.weight,
-                norm.bias,
+                layer.weight, layer.bias, *statistics, norm.weight, norm.bias
             )
             layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
             model.set_submodule(name, nn.Identity())
@@ -45,13 +42,17 @@ def fold_bn_(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[str, 
     return tuple(name for name, _, _ in pairs)
 
 
-def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, nn.Module, nn.Module]]:
+Layer = nn.Conv2d | nn.Linear
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, Layer, Norm]]:
     """Normalisations by name, each with the layer whose output is its input, both used once."""
-    made: dict[int, nn.Module] = {}
+    made: dict[int, Layer] = {}
     kept: list[Tensor] = []
     calls: dict[nn.Module, int] = {}
     takers: dict[int, int] = {}
-    found: list[tuple[nn.Module, nn.Module, int]] = []
+    found: list[tuple[Layer, Norm, int]] = []
     names = {module: name for name, module in model.named_modules()}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -59,9 +60,9 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, nn.Module, nn.Mo
         calls[module] = calls.get(module, 0) + 1
         takers[id(source)] = takers.get(id(source), 0) + 1
         kept.extend((source, output))
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, Layer):
             made[id(output)] = module
-        elif id(source) in made and _has_statistics(module):
+        elif isinstance(module, Norm) and id(source) in made and module.track_running_stats:
             found.append((made[id(source)], module, id(source)))
 
     leaves = [m for m in names if next(m.children(), None) is None]
@@ -77,11 +78,6 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, nn.Module, nn.Mo
         for layer, norm, key in found
         if calls[layer] == calls[norm] == 1 == takers[key] and names[norm]
     ]
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-    return norm and module.running_mean is not None
 
 
 def _check(expected: Tensor, found: Tensor) -> None:

@@ -92,7 +92,9 @@ class QAT(Method):
             raise InputError(
                 "qat got nothing that trains; expected train=, or quantize_file for int8 without."
             )
-        kept = {layer: mask for layer in weighted(model) if (mask := _nonzero(layer)) is not None}
+        kept: dict[nn.Module, Tensor] = {
+            layer: mask for layer in weighted(model) if (mask := _nonzero(layer)) is not None
+        }
         fold_bn_(model, tools.input_shape)
         points = quantized_points(model, tools.input_shape)
         with rounding_weights(model, self.weight_bits, per_channel=self.per_channel, kept=kept):

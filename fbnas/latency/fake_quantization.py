@@ -73,12 +73,12 @@ class QuantizedForm:
         """
         content = read_json(path)
         try:
-            ranges = (
+            inputs, outputs = (
                 {name: (float(low), float(high)) for name, (low, high) in content[key].items()}
                 for key in ("inputs", "outputs")
             )
             bits, per_channel = int(content["weight_bits"]), bool(content["per_channel"])
-            return cls(bits, per_channel, *ranges, method=str(content.get("method", "")))
+            return cls(bits, per_channel, inputs, outputs, str(content.get("method", "")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path}: {error} is missing or of the wrong kind; expected what fbnas compress "

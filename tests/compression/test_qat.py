@@ -107,7 +107,7 @@ def test_the_file_holds_the_trained_grids_and_integers_of_few_bits(
     scales = {float(stored[name]) for name in grids}
     ranges = [*form.inputs.values(), *form.outputs.values()]
     wanted = [(max(high, 0) - min(low, 0)) / 255 for low, high in ranges]
-    assert all(min(abs(scale / x - 1) for x in wanted) < 1e-6 for scale in scales)
+    assert all(min(abs(scale / x - 1) for x in wanted) < 1e-5 for scale in scales)
 
 
 def test_every_layer_runs_in_int8(made: tuple[nn.Module, Rounded], tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_gradients_pass_straight_through_but_for_what_is_cut_off() -> None:
     (rounded_weight(weight, 4) * torch.arange(8.0)).sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.arange(8.0).expand(4, 8))
-    values = torch.tensor([-2.0, -0.9, 0.01, 1.9, 2.5], requires_grad=True)
+    values = torch.tensor([-2.0, -0.91, 0.01, 1.91, 2.5], requires_grad=True)
     rounded = rounded_activation(values, torch.tensor([-1.0, 2.0]))
     rounded.sum().backward()
     assert values.grad is not None
@@ -253,7 +253,7 @@ def test_pruned_weights_stay_and_rounded_ones_may_come_back() -> None:
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
         (-layer(torch.ones(1, 3))).sum().backward()
         optimizer.step()
-    assert layer.weight[0, 1] == pytest.approx(0.501, abs=0.007)
+    assert layer.weight[0, 1].item() == pytest.approx(0.501, abs=0.007)
     assert layer.weight[0, 2] == 0
 
 
