@@ -52,7 +52,8 @@ class QAT(Method):
         ranges: minmax, or percentile, which cuts outliers off.
         percentile: of the values that its range encloses.
         batch_size: calibration images per run.
-        momentum: with which ranges follow the activations while training; 0 leaves them.
+        momentum: with which ranges follow the activations while training; 0 leaves them. Those of
+            the average of the weights, which is what is kept, follow at each validation alone.
     """
 
     NAME: ClassVar[str] = "qat"

@@ -313,7 +313,8 @@ def _fold_as_stored_(network: nn.Module, stored: Mapping[str, Tensor]) -> None:
     gone = [
         name
         for name, module in modules.items()
-        if isinstance(module, nn.BatchNorm2d) and f"{name}.running_mean" not in stored
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        and f"{name}.running_mean" not in stored
     ]
     biased = [
         module
