@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,20 @@ from fbnas.commands.parts import (
     device_of,
     network_folder,
 )
+from fbnas.commands.teachers import (
+    SUPERNET,
+    UNCOMPRESSED,
+    Sources,
+    check_teacher,
+    teacher_of,
+)
 from fbnas.commands.train import report_epoch
 from fbnas.compression import (
+    FORM_FILE,
     METHODS,
     CompressionReport,
     Method,
+    Rounded,
     StaticQuantization,
     compress_,
     load_any,
@@ -30,7 +40,8 @@ from fbnas.compression import (
 from fbnas.compression.coding import CODERS
 from fbnas.compression.packing import PACKED_FILE, PAYS_BELOW
 from fbnas.errors import InputError, check_known
-from fbnas.export import accuracy_of_file, export_onnx
+from fbnas.export import accuracy_of_file, export_int8_onnx, export_onnx
+from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.latency.profiling import AnyDevice
 from fbnas.progress import progress
 from fbnas.report.sparsity_scan import draw_scan
@@ -63,7 +74,16 @@ def main(config: dict[str, Any]) -> int:
     print_steps(report)
     print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
     packed = _packed_file(config, out.folder, network, report)
-    quantized = _int8_file(config, out.folder, network, card, data) if INT8 in names else {}
+    rounded, quantized = _rounded(report), dict[str, Any]()
+    if rounded is not None:
+        quantized = {
+            "quantization": rounded.form.method,
+            "weight_bits": rounded.form.weight_bits,
+            "validation_accuracy_ptq": rounded.ptq_accuracy,
+            "validation_accuracy_qat": rounded.qat_accuracy,
+        }
+    if INT8 in names or rounded is not None:
+        quantized |= _int8_file(config, out.folder, network, card, data)
     first, last = report.before, report.after
     fields = {
         "method": names[0] if len(names) == 1 else names,
@@ -128,17 +148,24 @@ def compress_and_save(
     methods: Sequence[Method],
     resume: bool,
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
+    sources: Sources | None = None,
 ) -> CompressionReport:
     """Compress in place, fine-tuning as `compression.fine_tuning` says, and save the network.
 
     Methods that train from first weights on do it as `training` says. The first training is kept in
-    `folder`, others in its tuning_02 and so on: `resume` goes on from them.
+    `folder`, others in its tuning_02 and so on: `resume` goes on from them. What int8 of a trained
+    quantization needs goes into its quantization.json.
+
+    Args:
+        sources: of teachers; by default, the network as it is given is the uncompressed one.
 
     Raises:
         InputError: an unknown option of compression.
     """
     fine, anew = tuning(config), TrainingSettings.from_dict(config["training"])
     trainings = 0
+    sources = sources or Sources(uncompressed=deepcopy(network))
+    teacher = teacher_of(config["compression"]["fine_tuning"]["teacher"], data, sources)
 
     def tune(model: nn.Module, settings: TrainingSettings) -> Any:
         nonlocal trainings
@@ -152,6 +179,7 @@ def compress_and_save(
             out=place,
             resume=resume,
             on_epoch=report_epoch(settings.epochs, every=5),
+            teacher=teacher,
         )
 
     report = compress_(
@@ -167,9 +195,19 @@ def compress_and_save(
         coder=coder_of(config),
     )
     save_network(folder, network, card)
+    (folder / FORM_FILE).unlink(missing_ok=True)
+    rounded = _rounded(report)
+    if rounded is not None:
+        rounded.form.save(folder / FORM_FILE)
     for line in draw_scan(folder):
         print(line)
     return report
+
+
+def _rounded(report: CompressionReport) -> Rounded | None:
+    """Return what quantization-aware training found, where nothing came after it."""
+    found = [change for change in report.changes if isinstance(change, Rounded)]
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -253,39 +291,85 @@ def _packed_file(
 def _int8_file(
     config: dict[str, Any], folder: Path, network: nn.Module, card: NetworkCard, data: Data
 ) -> dict[str, Any]:
-    """Quantize the network's file; return what result.json says of it."""
+    """Write the network's int8 file; return what result.json says of it."""
     source, target = folder / "fp32.onnx", folder / "model.onnx"
     export_onnx(network, source, card=card)
-    fields = _int8(config, source, target, replace(data, mean=card.mean, std=card.std))
+    fields = _int8(
+        config,
+        source,
+        target,
+        replace(data, mean=card.mean, std=card.std),
+        trained=trained_form(folder, network, card),
+    )
     print(f"test accuracy of the int8 file {fields['accuracy_top1']:.4f}")
     return fields
 
 
-def _int8(config: dict[str, Any], source: Path, target: Path, data: Data) -> dict[str, Any]:
-    """Write model.onnx: the int8 file, or the float one where int8 does not pay at all."""
-    method = quantization_of(config)
-    device = device_of(config) if config["measure"] and method.pays else None
-    report = quantized(source, target, data, method, measured_on=device, seed=config["seed"])
-    if not report.pays:
-        target.write_bytes(source.read_bytes())
-        print(
-            "int8 does not pay on this device: model.onnx is the float file "
-            "(compression.quantization.pays=false writes int8 all the same)"
-        )
+@dataclass(frozen=True)
+class TrainedForm:
+    """A network that was trained for int8, and the grids that its training left."""
+
+    network: nn.Module
+    form: QuantizedForm
+    card: NetworkCard
+
+
+def trained_form(folder: Path, network: nn.Module, card: NetworkCard) -> TrainedForm | None:
+    """Return what a folder says of a network's int8, None where it was not trained for it."""
+    path = folder / FORM_FILE
+    return TrainedForm(network, QuantizedForm.load(path), card) if path.is_file() else None
+
+
+def _int8(
+    config: dict[str, Any],
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    trained: TrainedForm | None = None,
+) -> dict[str, Any]:
+    """Write model.onnx: int8 with the grids it was trained on, or calibrated where there are none.
+
+    Of the latter the float file where int8 does not pay at all.
+    """
+    found: dict[str, Any] = {}
+    if trained is not None:
+        export_int8_onnx(trained.network, trained.form, target, card=trained.card)
+    else:
+        method = quantization_of(config)
+        device = device_of(config) if config["measure"] and method.pays else None
+        report = quantized(source, target, data, method, measured_on=device, seed=config["seed"])
+        if not report.pays:
+            target.write_bytes(source.read_bytes())
+            print(
+                "int8 does not pay on this device: model.onnx is the float file "
+                "(compression.quantization.pays=false writes int8 all the same)"
+            )
+        found = {"int8": as_fields(report)}
     size = target.stat().st_size
-    print(f"{target}: {report.bytes_before:,} -> {size:,} bytes")
+    print(f"{target}: {source.stat().st_size:,} -> {size:,} bytes")
     return {
         "model_bytes": size,
         "accuracy_top1": accuracy_of_file(target, data.test, mean=data.mean, std=data.std),
-        "int8": as_fields(report),
+        **found,
     }
+
+
+def form_of(folder: Path, device: AnyDevice) -> QuantizedForm | None:
+    """Return how a network was trained for int8; None where it was not, or no ONNX file is meant.
+
+    Runtimes with files of their own take the weights, and ranges by their own converters.
+    """
+    path = folder / FORM_FILE
+    return QuantizedForm.load(path) if device.suffix == ".onnx" and path.is_file() else None
 
 
 def _quantize(config: dict[str, Any]) -> int:
     model = Path(config["model"])
     card = None
     if not (model.is_file() and model.suffix == ".onnx"):
-        network, card = load_any(network_folder(model))
+        folder = network_folder(model)
+        network, card = load_any(folder)
         mean, std = card.mean, card.std
         data = data_for(config, card.space)
         check_class_names(data, card.class_names)
@@ -298,7 +382,8 @@ def _quantize(config: dict[str, Any]) -> int:
         source = out.folder / "fp32.onnx"
         export_onnx(network, source, card=card)
     before = accuracy_of_file(source, data.test, mean=mean, std=std)
-    fields = _int8(config, source, out.folder / "model.onnx", data)
+    trained = None if card is None else trained_form(folder, network, card)
+    fields = _int8(config, source, out.folder / "model.onnx", data, trained=trained)
     print(f"test accuracy {before:.4f} -> {fields['accuracy_top1']:.4f}")
     counted = count(network, card.input_shape) if card is not None else None
     out.finish(
@@ -347,7 +432,9 @@ def coder_of(config: dict[str, Any]) -> str:
 def tuning(config: dict[str, Any]) -> TrainingSettings:
     """Return the settings of fine-tuning: the training's, but for compression.fine_tuning."""
     training = TrainingSettings.from_dict(config["training"])
-    options = config["compression"]["fine_tuning"]
+    options = dict(config["compression"]["fine_tuning"])
+    given = options.pop("teacher")
+    check_teacher("compression.fine_tuning.teacher", given, words=(UNCOMPRESSED, SUPERNET))
     check_known("option of compression.fine_tuning:", options, config["training"])
     return replace(training, **options)
 

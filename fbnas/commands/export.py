@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import check_class_names, data_for, network_folder
-from fbnas.compression import calibration_images, load_any
+from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
 from fbnas.export import (
     FORMATS,
@@ -22,6 +23,7 @@ from fbnas.export import (
     accuracy_of_file,
     check_precision,
     export_file,
+    export_int8_onnx,
     format_of,
     write_example,
 )
@@ -81,11 +83,13 @@ class Made:
 def main(config: dict[str, Any]) -> int:
     wanted = files_of(config)
     check_options(config)
-    network, card = load_any(network_folder(config["model"]))
+    source = network_folder(config["model"])
+    network, card = load_any(source)
     data = _data(config, card, wanted)
     out = OutFolder(config)
     job = Job(
         config,
+        source,
         out.folder,
         wanted,
         network,
@@ -155,13 +159,15 @@ def _data(
     """The data that the network was trained on; None where none is given.
 
     Raises:
-        InputError: that of other classes, or none where nothing but int8 is asked for.
+        InputError: that of other classes, or none where nothing but int8 is asked for, of a network
+            that was not trained for it.
     """
     if config.get("data"):
         data = data_for(config, card.space)
         check_class_names(data, card.class_names)
         return data
-    if all(precision == "int8" for _, precision in wanted):
+    source = network_folder(config["model"])
+    if not (source / FORM_FILE).is_file() and all(x == "int8" for _, x in wanted):
         raise InputError(f"precision=int8 {INT8_NEEDS}")
     return None
 
@@ -170,11 +176,13 @@ def _data(
 class Job:
     """What the files of one command are made of and checked by.
 
+    source: folder of the network; folder: of the files.
     images: (n, c, h, w) float, normalised, of the validation images; None where no data is given.
     calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges; of training images.
     """
 
     config: dict[str, Any]
+    source: Path
     folder: Path
     wanted: list[tuple[Format, str]]
     network: nn.Module
@@ -203,20 +211,8 @@ class Job:
             if precision not in each.precisions:
                 kept = " and ".join(each.precisions)
                 raise InputError(f"its converter writes {kept} alone")
-            if precision == "int8" and not self.calibration:
-                raise InputError(f"int8 {INT8_NEEDS}")
             device = device_for(each, precision, self.config, alone=self.alone)
-            report = export_file(
-                self.network,
-                self.path(each, precision),
-                device,
-                card=self.card,
-                images=self.images,
-                calibration=self.calibration,
-                precision=precision,
-                opset=self.config["opset"],
-                least_agreement=self.config["agreement"],
-            )
+            report = self._exported(self.path(each, precision), device, precision)
         except ParityError as error:
             print(error)
             return replace(found, left_out=f"deleted: {error}", disagrees=True)
@@ -230,6 +226,24 @@ class Job:
         print(f"{files}: {report.bytes:,} bytes, {precision} for {each.runtime}, {batch}")
         print(_parity(report, each.runtime, self.images))
         return replace(found, device=device, report=report)
+
+    def _exported(self, path: Path, device: Device, precision: str) -> ExportReport:
+        form = form_of(self.source, device) if precision == "int8" else None
+        if form is not None:
+            return export_int8_onnx(self.network, form, path, card=self.card, images=self.images)
+        if precision == "int8" and not self.calibration:
+            raise InputError(f"int8 {INT8_NEEDS}")
+        return export_file(
+            self.network,
+            path,
+            device,
+            card=self.card,
+            images=self.images,
+            calibration=self.calibration,
+            precision=precision,
+            opset=self.config["opset"],
+            least_agreement=self.config["agreement"],
+        )
 
     def judged(self, found: Made) -> Made:
         """Add the accuracy of the file itself, on the test images, where its runtime is."""

@@ -33,6 +33,7 @@ from fbnas.commands.parts import (
 )
 from fbnas.commands.stages import Stage, final_measurement, print_stages, stages_of
 from fbnas.commands.targets import choose_target, target_of
+from fbnas.commands.teachers import SUPERNET, Sources, check_teacher, teacher_of
 from fbnas.commands.train import report_epoch, start
 from fbnas.errors import InputError, unknown
 from fbnas.export import sidecar
@@ -121,6 +122,7 @@ def _check(config: dict[str, Any]) -> None:
         choose_device(settings.device)
     objective = build_objective(**config["objective"])
     check_compression(config)
+    check_teacher("teacher", config["teacher"], words=(SUPERNET,))
     check_fraction(config["target_fraction"])
     check_budgets(config)
     check_objective(objective, config)
@@ -315,6 +317,7 @@ def trained_network(chain: Chain, chosen: Architecture) -> None:
         out=folder,
         resume=chain.out.resume,
         on_epoch=report_epoch(settings.epochs, every=5),
+        teacher=teacher_of(chain.config["teacher"], chain.data, Sources(chain.folder / "search")),
     )
     save_network(folder, result.network, card_for(chain.space, chosen, chain.data))
 

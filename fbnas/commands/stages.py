@@ -16,13 +16,15 @@ from fbnas.commands.compress import (
     DeviceMeasure,
     build_method,
     compress_and_save,
+    form_of,
     method_names,
     quantization_of,
 )
 from fbnas.commands.int8 import as_fields, quantized
+from fbnas.commands.teachers import Sources
 from fbnas.compression import calibration_images
 from fbnas.errors import InputError
-from fbnas.export import accuracy_of_file, export_file
+from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
 from fbnas.files import read_json, write_json
 from fbnas.latency.devices import QUIET_NOISE_FLOOR
 from fbnas.latency.profiling import AnyDevice
@@ -110,6 +112,7 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage:
             methods=[method],
             resume=resume,
             measure=timing if method.MEASURES else None,
+            sources=Sources(run.folder / "search", load_network(run.folder / "train")[0]),
         )
     return _exported(stage, stage, run.folder, run.data, run.device)
 
@@ -165,13 +168,20 @@ def final_measurement(stages: Sequence[Stage], device: AnyDevice, *, seed: int) 
 
 
 def _exported(name: str, source: str, folder: Path, data: Data, device: AnyDevice) -> Stage:
-    """Write a network as the device's runtime executes it at fp32, checked on real images."""
+    """Write a network as the device's runtime executes it, checked on real images.
+
+    It is fp32, but for one that was trained for int8 where the runtime reads ONNX files.
+    """
     network, card = load_network(folder / source)
     path = folder / "models" / f"{name}{device.suffix}"
     shown = Subset(data.validation, torch.arange(min(PARITY_IMAGES, len(data.validation))))
     images = torch.cat([x for x, _ in batches(shown, PARITY_IMAGES, mean=card.mean, std=card.std)])
-    fp32 = replace(device, precision="fp32")
-    export_file(network, path, fp32, card=card, images=images.contiguous())
+    form = form_of(folder / source, device)
+    if form is None:
+        fp32 = replace(device, precision="fp32")
+        export_file(network, path, fp32, card=card, images=images.contiguous())
+    else:
+        export_int8_onnx(network, form, path, card=card, images=images.contiguous())
     found: Count = count(network, card.input_shape)
     accuracy = _accuracy(path, data, data.validation, device)
     return Stage(name, path, source, found.params, found.macs, accuracy)
@@ -183,6 +193,9 @@ def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
     ONNX files are quantized as `compression.quantization` says, with the layers left in float that
     int8 makes slower or too inaccurate; others by their own converter.
     """
+    if form_of(run.folder / best.network, run.device) is not None:
+        print(f"int8 is left out: the file of {best.name} is int8 already")
+        return None
     path = run.folder / "models" / f"{INT8}{run.device.suffix}"
     stage = Stage(INT8, path, best.network, best.params, best.macs, 0.0)
     try:

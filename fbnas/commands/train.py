@@ -7,6 +7,13 @@ import torch
 
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import card_for, data_for, search_folder, space_for
+from fbnas.commands.teachers import (
+    SUPERNET,
+    Sources,
+    check_teacher,
+    search_beside,
+    teacher_of,
+)
 from fbnas.errors import InputError
 from fbnas.files import write_yaml
 from fbnas.search import read_result, read_supernet
@@ -22,7 +29,9 @@ def main(config: dict[str, Any]) -> int:
     architecture = Architecture.load(config["architecture"])
     space = space_for(config, architecture)
     architecture.path(space)
+    check_teacher("teacher", config["teacher"], words=(SUPERNET,))
     data = data_for(config, space)
+    teacher = teacher_of(config["teacher"], data, Sources(search_beside(config)))
     torch.manual_seed(config["seed"])
     network = start(space, architecture, data.classes, config["supernet"])
     out = OutFolder(config)
@@ -34,6 +43,7 @@ def main(config: dict[str, Any]) -> int:
         out=out.folder,
         resume=out.resume,
         on_epoch=report_epoch(settings.epochs),
+        teacher=teacher,
     )
     card = card_for(space, architecture, data)
     save_network(out.folder, result.network, card)

@@ -32,7 +32,9 @@ LISTS = {  # options that take one value or a list of them
         "target_fraction",
         "targets",
     ),
-    "compress": ("method",),
+    "train": ("teacher",),
+    "compress": ("method", "compression.fine_tuning.teacher"),
+    "run": ("teacher", "compression.fine_tuning.teacher"),
     "export": ("format", "precision"),
 }
 LEAST = {

@@ -28,6 +28,7 @@ from fbnas.compression.packing import (
     write_packed,
 )
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
+from fbnas.compression.qat import FORM_FILE, QAT, Rounded
 from fbnas.compression.quantization import (
     QuantizationReport,
     StaticQuantization,
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
     from fbnas.training.data import Data
 
 __all__ = [
+    "FORM_FILE",
     "METHODS",
+    "QAT",
     "Applied",
     "ChannelPruning",
     "ChannelSet",
@@ -67,6 +70,7 @@ __all__ = [
     "PruningStep",
     "QuantizationReport",
     "Round",
+    "Rounded",
     "SharedLayer",
     "Sparsity",
     "StaticQuantization",
@@ -108,6 +112,7 @@ METHODS: dict[str, type[Method]] = {
         LowRank,
         Ternary,
         FixedPoint,
+        QAT,
     )
 }
 

@@ -5,7 +5,7 @@ from fbnas.export.examples import write_example
 from fbnas.export.files import check_suffix, export_file
 from fbnas.export.formats import FORMATS, Format, check_precision, format_of, runtime_of_format
 from fbnas.export.metadata import read_metadata, sidecar
-from fbnas.export.onnx import ExportReport, ParityError, export_onnx
+from fbnas.export.onnx import ExportReport, ParityError, export_int8_onnx, export_onnx
 from fbnas.export.session import input_size
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check_precision",
     "check_suffix",
     "export_file",
+    "export_int8_onnx",
     "export_onnx",
     "format_of",
     "input_size",

@@ -14,7 +14,9 @@ from fbnas.errors import InputError
 from fbnas.export.metadata import metadata_of
 from fbnas.export.session import open_session, run
 from fbnas.files import atomic_write
+from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.lowering import OPSET, write_onnx
+from fbnas.latency.qdq import write_int8_onnx
 from fbnas.space.network import NetworkCard
 
 # Rounding differs with the order of sums; FBNet-A and FBNet-C at 224 were measured at 5e-7.
@@ -100,6 +102,42 @@ def halve_onnx(source: Path, path: Path) -> None:
     OnnxModel(model).topological_sort()  # the casts of input and output were added at the end
     onnx.checker.check_model(model)
     atomic_write(path, model.SerializeToString())
+
+
+def export_int8_onnx(
+    network: nn.Module,
+    form: QuantizedForm,
+    path: Path | str,
+    *,
+    card: NetworkCard | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    images: Tensor | None = None,
+) -> ExportReport:
+    """Write a network that was trained for int8 as such a file, with exactly the grids it knows.
+
+    The report compares it with torch's imitation of int8. Integer kernels round sums elsewhere than
+    torch does, so scores differ by a step of their grid here and there.
+
+    Args:
+        form: what the training left beside the weights.
+        card: goes into the file's metadata, and gives the input shape.
+        input_shape: (c, h, w), where there is no card and the network does not know its own.
+        images: (n, c, h, w) float, normalised, to compare by; seeded noise where not given.
+
+    Raises:
+        InputError: no input shape, a form of another network, or no ONNX form.
+    """
+    shape = card.input_shape if card is not None else input_shape
+    shape = getattr(network, "input_shape", None) if shape is None else shape
+    if shape is None:
+        raise InputError("export_int8_onnx got neither card nor input_shape; expected one of them.")
+    if images is None:
+        images = torch.randn(PARITY_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+    path = Path(path)
+    metadata = {} if card is None else metadata_of(card)
+    write_int8_onnx(network, form, shape, path, metadata=metadata)
+    error, agreement = _compare(as_deployed(network, form), path, images)
+    return ExportReport(path, path.stat().st_size, error, agreement)
 
 
 def _compare(network: nn.Module, path: Path, images: Tensor) -> tuple[float, float]:

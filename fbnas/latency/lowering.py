@@ -103,8 +103,22 @@ def write_onnx(
     Raises:
         InputError: another opset, or the module uses an operation that ONNX has no form for.
     """
-    import onnx
+    model = trace_onnx(module, input_shape, batch=batch, opset=opset)
+    store_onnx(model, path, metadata=metadata)
 
+
+def trace_onnx(
+    module: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    batch: int | None,
+    opset: int = OPSET,
+) -> "onnx.ModelProto":
+    """Return what `write_onnx` writes.
+
+    Raises:
+        InputError: another opset, or the module uses an operation that ONNX has no form for.
+    """
     if opset not in OPSETS:
         raise InputError(f"opset={opset!r}; expected {OPSETS[0]} to {OPSETS[-1]}.")
     module = copy.deepcopy(module).cpu().float().eval()
@@ -113,6 +127,15 @@ def write_onnx(
     else:
         model = _trace(module, (batch, *input_shape), opset)
     _remove_identities_(model.graph)
+    return model
+
+
+def store_onnx(
+    model: "onnx.ModelProto", path: Path | str, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a checked model with its metadata."""
+    import onnx
+
     onnx.helper.set_model_props(model, metadata or {})
     onnx.checker.check_model(model)
     atomic_write(path, model.SerializeToString())

@@ -20,7 +20,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._is_slow(input, weight):
-            return _Depthwise.apply(input, weight, self.stride, self.padding)
+            found = _Depthwise.apply(input, weight, self.stride, self.padding)
+            return found if bias is None else found + bias[:, None, None]
         return super()._conv_forward(input, weight, bias)
 
     def _is_slow(self, input: Tensor, weight: Tensor) -> bool:
@@ -31,7 +32,6 @@ class DepthwiseConv2d(nn.Conv2d):
             and weight.requires_grad
             and weight.shape[-1] > FAST_COLUMNS
             and weight.shape[1] == 1 == weight.shape[0] // self.groups
-            and self.bias is None
             and self.dilation == (1, 1)
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,7 @@ def load_tensors_(network: nn.Module, tensors: dict[str, Tensor], source: str) -
         InputError: they are of another network.
     """
     restructure_(network, tensors)
+    _fold_as_stored_(network, tensors)
     for name, module in network.named_modules():
         _resize_(module, {k: tensors.get(f"{name}.{k}") for k in ("weight", "bias")})
     try:
@@ -323,6 +324,30 @@ def load_tensors_(network: nn.Module, tensors: dict[str, Tensor], source: str) -
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise InputError(f"{source}: the weights belong to another network: {reason}") from error
+
+
+def _fold_as_stored_(network: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Take away the batch normalisations that a file has not, where its layers have biases for it.
+
+    Their place is taken by an identity, as `fold_bn_` of compression leaves it.
+    """
+    modules = dict(network.named_modules())
+    gone = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        and f"{name}.running_mean" not in stored
+    ]
+    biased = [
+        module
+        for name, module in modules.items()
+        if getattr(module, "bias", module) is None and f"{name}.bias" in stored
+    ]
+    if len(gone) == len(biased):  # or it is a file of another network, which is refused
+        for name in gone:
+            network.set_submodule(name, nn.Identity())
+        for module in biased:
+            module.bias = nn.Parameter(torch.empty(len(module.weight)))
 
 
 def _resize_(module: nn.Module, stored: dict[str, Tensor | None]) -> None:

@@ -1,6 +1,7 @@
 """Data, and the training of one network."""
 
 from fbnas.training.data import Data, batches, load_data, split_for_search
+from fbnas.training.distillation import Distillation, Ensemble
 from fbnas.training.evaluation import evaluate, recalibrate_bn
 from fbnas.training.halving import Halved, Trial, halve, planned
 from fbnas.training.images import Images, Subset, TensorImages
@@ -14,6 +15,8 @@ from fbnas.training.task import CLASSIFICATION, Task
 __all__ = [
     "CLASSIFICATION",
     "Data",
+    "Distillation",
+    "Ensemble",
     "Halved",
     "Images",
     "Subset",

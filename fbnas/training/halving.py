@@ -213,7 +213,8 @@ class _Course:
 
     def _plan(self, architectures: Sequence[Architecture]) -> dict[str, Any]:
         settings = asdict(self.settings)
-        del settings["device"], settings["epochs"]
+        for name in ("device", "epochs", "distillation"):  # nobody teaches candidates
+            del settings[name]
         return {
             "candidates": [
                 {"blocks": list(a.blocks), "space": a.space, **a.provenance} for a in architectures

@@ -1,7 +1,7 @@
 """Training of one network, top to bottom."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbnas.errors import InputError
 from fbnas.progress import progress
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, batches
+from fbnas.training.distillation import Distillation, Teaching
 from fbnas.training.evaluation import evaluate, recalibrate_bn
 from fbnas.training.images import Subset
 from fbnas.training.interrupt import stop_on_signal
@@ -47,6 +49,7 @@ def train(
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     task: Task = CLASSIFICATION,
+    teacher: nn.Module | None = None,
 ) -> TrainingResult:
     """Train `network` in place and leave it with the weights of the epoch that validated best.
 
@@ -59,22 +62,28 @@ def train(
     uninterrupted run. `on_epoch` is called with each new row of metrics: epoch, loss, accuracy,
     validation_loss, validation_accuracy, lr, seconds, data_wait_seconds (of them, the steps' for
     images). `task`: the loss and the metric; labels are smoothed in classification alone.
+    `teacher`: any network with the same classes, or an `Ensemble`, whose answers are learned beside
+    the labels as `settings.distillation` says; it stays as it is.
 
     Raises:
         TrainingDiverged: the loss is not finite; the last good checkpoint is left as it was.
         KeyboardInterrupt: SIGINT or SIGTERM, after the checkpoint of the current step was written.
-        InputError: a checkpoint to resume from of other settings, seed, data or architecture.
+        InputError: a checkpoint to resume from of other settings, seed, data or architecture; a
+            teacher that does not fit the data, or the task.
     """
     settings = settings or TrainingSettings()
     torch.manual_seed(seed)
     device = choose_device(settings.device)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teaching = None if teacher is None else _teaching(teacher, network, data, settings, task)
+    regressors = nn.ModuleList() if teaching is None else teaching.regressors
     state = TrainingState(
         network,
-        _optimizer(network, settings),
+        _optimizer([network, regressors], settings),
         Average(network, settings.ema),
         out=out,
-        identity=_identity(settings, seed, data),
+        identity=_identity(settings, seed, data, teaching),
+        regressors=regressors,
     )
     if resume:
         state.restore()
@@ -84,6 +93,7 @@ def train(
 
     with (
         stop_on_signal() as stop,
+        nullcontext() if teaching is None else teaching.listening(),
         progress("Training", total=settings.epochs * steps) as advance,
         metrics_writer(state) as write_metrics,
     ):
@@ -107,7 +117,7 @@ def train(
                 lr = settings.lr * cosine(step, settings.epochs * steps, warmup=warmup)
                 for group in state.optimizer.param_groups:
                     group["lr"] = lr
-                state.totals += _step(state, images, labels, settings, task)
+                state.totals += _step(state, images, labels, settings, task, teaching=teaching)
                 state.average.update()
                 state.step += 1
                 advance(1)
@@ -150,6 +160,8 @@ def _step(
     labels: Tensor,
     settings: TrainingSettings,
     task: Task,
+    *,
+    teaching: Teaching | None,
 ) -> Tensor:
     """Take one step; return loss and accuracy of the batch as a (2,) tensor."""
     with _autocast(images.device, settings.precision):
@@ -158,6 +170,9 @@ def _step(
         loss = F.cross_entropy(scores, labels, label_smoothing=settings.label_smoothing)
     else:
         loss = task.loss(scores, labels)
+    if teaching is not None:
+        with _autocast(images.device, settings.precision):
+            loss = teaching.loss(loss, scores, images)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     state.optimizer.step()
@@ -209,9 +224,24 @@ def _result(state: TrainingState) -> TrainingResult:
     )
 
 
-def _optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.SGD:
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    rest = [p for p in network.parameters() if p.ndim <= 1]  # biases and BN: no decay
+def _teaching(
+    teacher: nn.Module, network: nn.Module, data: Data, settings: TrainingSettings, task: Task
+) -> Teaching:
+    if task is not CLASSIFICATION:
+        raise InputError(
+            "A teacher's soft labels are of classes, and this task is another than classification; "
+            "expected no teacher for it."
+        )
+    device = next(network.parameters()).device
+    image = torch.zeros(1, data.channels, data.resolution, data.resolution, device=device)
+    how = Distillation.from_dict(settings.distillation)
+    return Teaching(teacher, network, how, image, data.classes)
+
+
+def _optimizer(modules: Iterable[nn.Module], settings: TrainingSettings) -> torch.optim.SGD:
+    parameters = [p for module in modules for p in module.parameters()]
+    weights = [p for p in parameters if p.ndim > 1]
+    rest = [p for p in parameters if p.ndim <= 1]  # biases and BN: no decay
     groups = [
         {"params": weights, "weight_decay": settings.weight_decay},
         {"params": rest, "weight_decay": 0.0},
@@ -222,9 +252,12 @@ def _optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.SG
     )
 
 
-def _identity(settings: TrainingSettings, seed: int, data: Data) -> dict[str, Any]:
+def _identity(
+    settings: TrainingSettings, seed: int, data: Data, teaching: Teaching | None
+) -> dict[str, Any]:
     """Return what must be equal for a resumed run to equal an uninterrupted one."""
     same = {key: value for key, value in asdict(settings).items() if key != "device"}
+    same["distillation"] = None if teaching is None else teaching.identity()
     sizes = {"train_images": len(data.train), "validation_images": len(data.validation)}
     return {**same, "seed": seed, "data": data.name, **sizes}
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fbnas.errors import InputError, check_known
+from fbnas.training.distillation import Distillation
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,8 @@ class TrainingSettings:
     """How a network is trained; lr, momentum and decay are FBNet's, the rest is for small images.
 
     `ema`: decay of the moving average of weights per step, 0 for none. `augment`: options of
-    `build_augmentation`. `precision`: "fp32", or "bf16" by autocast. `device`: "auto" takes a GPU
-    if any.
+    `build_augmentation`. `distillation`: options of `Distillation`, for where there is a teacher.
+    `precision`: "fp32", or "bf16" by autocast. `device`: "auto" takes a GPU if any.
 
     Raises:
         InputError: a value out of its range.
@@ -30,6 +31,7 @@ class TrainingSettings:
     ema: float = 0.99
     warmup_epochs: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
+    distillation: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     device: str = "auto"
 
@@ -48,6 +50,7 @@ class TrainingSettings:
         for name, (holds, expected) in ranges.items():
             if not holds:
                 raise InputError(f"{name} is {getattr(self, name)}; expected {expected}.")
+        Distillation.from_dict(self.distillation)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "TrainingSettings":

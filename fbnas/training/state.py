@@ -44,8 +44,8 @@ class Average:
 class TrainingState:
     """Weights, optimizer, average, position, metrics and the best weights so far.
 
-    `identity`: what must be equal for a resumed run to equal an uninterrupted one. Without `out`
-    nothing is written.
+    `identity`: what must be equal for a resumed run to equal an uninterrupted one. `regressors`:
+    what is trained beside the network and of no use after. Without `out` nothing is written.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class TrainingState:
         *,
         out: Path | str | None,
         identity: dict[str, Any],
+        regressors: nn.Module | None = None,
     ) -> None:
         self.network = network
+        self.regressors = nn.ModuleList() if regressors is None else regressors
         self.optimizer = optimizer
         self.average = average
         self.out = None if out is None else Path(out)
@@ -105,6 +107,7 @@ class TrainingState:
         checkpoint = {
             "identity": self.identity,
             "network": self.network.state_dict(),
+            "regressors": self.regressors.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.network.state_dict() if self.average.decay else {},
             "average_updates": self.average.updates,
@@ -154,6 +157,7 @@ class TrainingState:
     def _load_weights(self, stored: dict[str, Any], path: Path) -> None:
         try:
             self.network.load_state_dict(stored["network"])
+            self.regressors.load_state_dict(stored.get("regressors", {}))
         except RuntimeError as error:
             raise InputError(
                 f"{path}: holds the weights of another network; expected those of the architecture "

@@ -64,3 +64,17 @@ def test_everything_but_training_is_plain() -> None:
     traced = torch.jit.trace(ours, images)
     assert not any(node.kind() == "prim::PythonOp" for node in traced.graph.nodes())
     assert not is_ours(ours.double()(images.double()))
+
+
+def test_a_bias_is_added_and_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    ours = DepthwiseConv2d(6, 6, 5, padding=2, groups=6)
+    plain = nn.Conv2d(6, 6, 5, padding=2, groups=6)
+    plain.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 6, 8, 8)
+    for layer in (ours, plain):
+        layer(images).square().sum().backward()
+    assert "Add" in type(ours(images).grad_fn).__name__
+    torch.testing.assert_close(ours(images), plain(images), rtol=1e-4, atol=1e-4)
+    for found, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-3)

@@ -52,8 +52,8 @@ def main(out: str, result: str, *options: str) -> None:
 def hit_after(steps: int, number: int) -> None:
     take_step, taken = loop._step, []
 
-    def step_and_count(*args: Any) -> torch.Tensor:
-        totals = take_step(*args)
+    def step_and_count(*args: Any, **options: Any) -> torch.Tensor:
+        totals = take_step(*args, **options)
         taken.append(1)
         if len(taken) == steps:
             os.kill(os.getpid(), number)

@@ -1,0 +1,205 @@
+"""An int8 ONNX file (QDQ form) with exactly the grids that a network was trained on.
+
+The trace of a network with rounded activations holds QuantizeLinear and DequantizeLinear for them.
+What is left to do is what ONNX Runtime's quantizer does too: weights in int8, biases in int32, and
+a rounding behind every operator that only moves values, so that integer kernels fit together.
+Weights of fewer bits are whole numbers of that few bits in int8 tensors, which run everywhere.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fbnas.latency.fake_quantization import QuantizedForm, as_deployed, weight_scale
+from fbnas.latency.lowering import store_onnx, trace_onnx
+
+if TYPE_CHECKING:
+    import onnx
+
+MOVING = ("Reshape", "Transpose", "Flatten", "MaxPool", "Squeeze", "Unsqueeze", "DepthToSpace")
+OUT_AXIS = {"Conv": 0, "Gemm": 0, "MatMul": 1}  # of the weights; Gemm's are as torch's, transposed
+OFF_GRID = 1e-2  # of a step: what is further from it is no weight of the form, and stays fp32
+BIAS_STEPS = 2.0**30  # that a bias may take, of the 2^31 that int32 has
+
+
+def write_int8_onnx(
+    network: nn.Module,
+    form: QuantizedForm,
+    input_shape: tuple[int, int, int],
+    path: Path | str,
+    *,
+    batch: int | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a network whose weights lie on their grids as int8: uint8 activations, int8 weights.
+
+    Args:
+        input_shape: (c, h, w) of one image.
+        batch: images per run; None leaves it open.
+        metadata: key-value pairs stored in the file.
+
+    Raises:
+        InputError: the form is of another network, or the network has no ONNX form.
+    """
+    model = trace_onnx(as_deployed(network, form), input_shape, batch=batch)
+    _Lowering(model.graph, form).run()
+    store_onnx(model, path, metadata=metadata)
+
+
+@dataclass
+class _Lowering:
+    """A graph that is written anew, node by node.
+
+    grids: of each dequantized tensor, the names of its scale and zero point and the scale.
+    values: of all constant tensors. stored: names of the tensors of an activation's grid.
+    """
+
+    graph: "onnx.GraphProto"
+    form: QuantizedForm
+    grids: dict[str, tuple[str, str, float]] = field(default_factory=dict)
+    nodes: list["onnx.NodeProto"] = field(default_factory=list)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    stored: dict[tuple[float, int], tuple[str, str]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        self.values = _constants(self.graph)
+        rounded = {n.input[0] for n in self.graph.node if n.op_type == "QuantizeLinear"}
+        outputs = {output.name for output in self.graph.output}
+        for node in self.graph.node:
+            self.nodes.append(node)
+            if node.op_type == "QuantizeLinear":
+                self._name_grid(node)
+            elif node.op_type == "DequantizeLinear":
+                scale, zero = self._name_grid(node)
+                self.grids[node.output[0]] = (scale, zero, float(self.values[scale]))
+            elif node.op_type in MOVING and node.input[0] in self.grids:
+                if not {node.output[0]} & (rounded | outputs):
+                    self._round_moved(node)
+            elif node.op_type in OUT_AXIS:
+                self._lower_weights(node)
+        self._keep_what_is_used()
+
+    def _name_grid(self, node: "onnx.NodeProto") -> tuple[str, str]:
+        """Give a node its scale and zero point as tensors of the file."""
+        scale = np.array(self.values[node.input[1]], np.float32)
+        zero = np.array(self.values[node.input[2]], np.uint8)
+        key = (float(scale), int(zero))
+        if key not in self.stored:
+            number = len(self.stored)
+            self.stored[key] = (
+                self._store(f"scale_{number}", scale),
+                self._store(f"zero_point_{number}", zero),
+            )
+        node.input[1], node.input[2] = self.stored[key]
+        return self.stored[key]
+
+    def _round_moved(self, node: "onnx.NodeProto") -> None:
+        import onnx
+
+        scale, zero, step = self.grids[node.input[0]]
+        name = node.output[0]
+        node.output[0] = f"{name}_moved"
+        self.nodes += [
+            onnx.helper.make_node(
+                "QuantizeLinear", [f"{name}_moved", scale, zero], [f"{name}_int8"]
+            ),
+            onnx.helper.make_node("DequantizeLinear", [f"{name}_int8", scale, zero], [name]),
+        ]
+        self.grids[name] = (scale, zero, step)
+
+    def _lower_weights(self, node: "onnx.NodeProto") -> None:
+        """Store a layer's weights in int8 and, where its input is rounded, its bias in int32."""
+        weight, axis = self.values.get(node.input[1]), OUT_AXIS[node.op_type]
+        as_torch = node.op_type != "Gemm" or any(a.name == "transB" and a.i for a in node.attribute)
+        if weight is None or weight.ndim not in (2, 4) or not as_torch:
+            return
+        rows = np.moveaxis(weight, axis, 0)
+        scale = self._steps(rows)
+        if np.abs(rows / scale - (rows / scale).round()).max() > OFF_GRID:
+            return
+        bias = self.values.get(node.input[2]) if len(node.input) > 2 else None
+        step = self.grids[node.input[0]][2] if node.input[0] in self.grids else None
+        if bias is not None and step is not None:
+            scale = _wide_enough(scale, rows, np.abs(bias) / (step * BIAS_STEPS))
+            steps = (step * scale.flatten()).astype(np.float32)
+            whole = (bias / steps).round().astype(np.int32)
+            self._put_dequantized(node, 2, whole, steps, axis=0)
+        whole = np.moveaxis((rows / scale).round().astype(np.int8), 0, axis)
+        self._put_dequantized(node, 1, whole, scale.flatten(), axis=axis)
+
+    def _steps(self, rows: np.ndarray) -> np.ndarray:
+        """Return the step of each output channel's grid, (out, 1, ...)."""
+        form, weight = self.form, torch.from_numpy(rows.copy())
+        scale = weight_scale(weight, form.weight_bits, per_channel=form.per_channel)
+        wide = scale.reshape(-1, *[1] * (rows.ndim - 1)).expand(len(rows), *[1] * (rows.ndim - 1))
+        found: np.ndarray = wide.numpy().astype(np.float32)
+        return found
+
+    def _put_dequantized(
+        self, node: "onnx.NodeProto", place: int, whole: np.ndarray, steps: np.ndarray, *, axis: int
+    ) -> None:
+        """Replace a constant input by whole numbers and the node that gives them their steps."""
+        import onnx
+
+        name = node.input[place]
+        names = [
+            self._store(f"{name}_quantized", whole),
+            self._store(f"{name}_scale", steps),
+            self._store(f"{name}_zero_point", np.zeros(len(steps), whole.dtype)),
+        ]
+        output = f"{name}_dequantized"
+        made = onnx.helper.make_node("DequantizeLinear", names, [output], axis=axis)
+        self.nodes.insert(len(self.nodes) - 1, made)
+        node.input[place] = output
+
+    def _store(self, name: str, value: np.ndarray) -> str:
+        """Keep a tensor in the file under a name that is free; return the name."""
+        import onnx
+
+        while name in self.values:
+            name += "_"
+        self.values[name] = value
+        self.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        return name
+
+    def _keep_what_is_used(self) -> None:
+        """Write the nodes and the tensors that the output depends on."""
+        wanted, kept = {output.name for output in self.graph.output}, []
+        for node in reversed(self.nodes):
+            if wanted & set(node.output):
+                wanted |= set(node.input)
+                kept.append(node)
+        tensors = [tensor for tensor in self.graph.initializer if tensor.name in wanted]
+        for holder in (self.graph.node, self.graph.initializer, self.graph.value_info):
+            del holder[:]
+        self.graph.node.extend(reversed(kept))
+        self.graph.initializer.extend(tensors)
+
+
+def _wide_enough(scale: np.ndarray, rows: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """Widen the steps of channels whose bias int32 could not hold; zero weights take any step."""
+    over = tuple(range(1, rows.ndim))
+    needed = np.where(rows.any(axis=over), scale.flatten(), 0)
+    wide = np.maximum(needed, least).astype(np.float32)
+    return np.where(wide > 0, wide, 1).astype(np.float32).reshape(scale.shape)
+
+
+def _constants(graph: "onnx.GraphProto") -> dict[str, np.ndarray]:
+    """Return every tensor of a graph that is constant: stored, made by a node, or cast from one."""
+    import onnx
+
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        stated: dict[str, Any] = {
+            a.name: onnx.helper.get_attribute_value(a) for a in node.attribute
+        }
+        if node.op_type == "Constant" and "value" in stated:
+            values[node.output[0]] = onnx.numpy_helper.to_array(stated["value"])
+        elif node.op_type == "Cast" and node.input[0] in values:
+            kind = onnx.helper.tensor_dtype_to_np_dtype(stated["to"])
+            values[node.output[0]] = values[node.input[0]].astype(kind)
+    return values

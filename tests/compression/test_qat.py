@@ -1,0 +1,402 @@
+"""QAT: rounding is its formula, the file computes what training saw, and is no worse than int8."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from digits_network import Trained
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fbnas.compression import QAT, Rounded, compress_, quantize_file
+from fbnas.compression.folding import fold_bn_
+from fbnas.compression.holding import weighted
+from fbnas.compression.method import Tools
+from fbnas.errors import InputError
+from fbnas.export import accuracy_of_file, export_int8_onnx, export_onnx
+from fbnas.latency.fake_quantization import (
+    QuantizedForm,
+    as_deployed,
+    quantized_points,
+    rounded_activation,
+    rounded_weight,
+    rounding_weights,
+)
+from fbnas.space import load_network, save_network
+from fbnas.space.depthwise import DepthwiseConv2d
+from fbnas.training import Data, TrainingDiverged, TrainingSettings, evaluate, train
+
+SETTINGS = TrainingSettings(epochs=2, lr=0.01, device="cpu")
+SAME = 2  # images of 287 that integer kernels may answer differently, at a tie of rounding
+
+
+def tools(data: Data, tune: Callable[[nn.Module], Any], shape: tuple = (1, 8, 8)) -> Tools:
+    return Tools(shape, tune, data)
+
+
+def nothing(_: nn.Module) -> None:
+    """A training that leaves all as it is: what is left is int8 after training."""
+
+
+@pytest.fixture(scope="module", params=[8, 4], ids=["8 bits", "4 bits"])
+def made(trained: Trained, request: pytest.FixtureRequest) -> tuple[nn.Module, Rounded]:
+    network = copy.deepcopy(trained.network)
+    method = QAT(weight_bits=request.param)
+    applied = method.apply_(
+        network, tools(trained.data, lambda n: train(n, trained.data, settings=SETTINGS))
+    )
+    assert applied.trained.history
+    return network, applied.changes[0]
+
+
+def judge(path: Path, data: Data) -> float:
+    return accuracy_of_file(path, data.validation, mean=data.mean, std=data.std)
+
+
+def accuracy(network: nn.Module, data: Data) -> float:
+    return evaluate(network, data.validation, mean=data.mean, std=data.std)[1]
+
+
+def test_trained_is_no_worse_than_untrained(
+    made: tuple[nn.Module, Rounded], trained: Trained
+) -> None:
+    network, rounded = made
+    found = accuracy(as_deployed(network, rounded.form), trained.data)
+    assert found == max(rounded.ptq_accuracy, rounded.qat_accuracy)
+    if rounded.ptq_accuracy != rounded.qat_accuracy:  # or cross-entropy decides
+        assert rounded.form.method == ("qat" if found == rounded.qat_accuracy else "ptq")
+    assert found >= accuracy(trained.network, trained.data) - 0.02
+
+
+def test_the_file_computes_what_training_saw(
+    made: tuple[nn.Module, Rounded], trained: Trained, tmp_path: Path
+) -> None:
+    network, rounded = made
+    report = export_int8_onnx(network, rounded.form, tmp_path / "q.onnx", card=trained.card)
+    assert report.argmax_agreement is not None and report.argmax_agreement > 0.9
+    found = judge(tmp_path / "q.onnx", trained.data)
+    expected = accuracy(as_deployed(network, rounded.form), trained.data)
+    assert abs(found - expected) <= SAME / len(trained.data.validation)
+
+
+def test_the_file_holds_the_trained_grids_and_integers_of_few_bits(
+    made: tuple[nn.Module, Rounded], tmp_path: Path
+) -> None:
+    network, rounded = made
+    form = rounded.form
+    export_int8_onnx(network, form, tmp_path / "q.onnx")
+    graph = onnx.load(tmp_path / "q.onnx").graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    first = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+    low, high = form.inputs["stem.0"]
+    assert stored[first.input[1]] == pytest.approx((high - low) / 255, rel=1e-6)
+    assert stored[first.input[2]] == round(-low * 255 / (high - low))
+    integers = {name: value for name, value in stored.items() if name.endswith("_quantized")}
+    weights = [value for value in integers.values() if value.dtype == np.int8]
+    biases = [value for value in integers.values() if value.dtype == np.int32]
+    assert len(weights) == len(biases) == len(weighted(network))
+    assert max(abs(value).max() for value in weights) == 2 ** (form.weight_bits - 1) - 1
+    grids = {n.input[1] for n in graph.node if n.op_type == "QuantizeLinear"}
+    scales = {float(stored[name]) for name in grids}
+    ranges = [*form.inputs.values(), *form.outputs.values()]
+    wanted = [(max(high, 0) - min(low, 0)) / 255 for low, high in ranges]
+    assert all(min(abs(scale / x - 1) for x in wanted) < 1e-5 for scale in scales)
+
+
+def test_every_layer_runs_in_int8(made: tuple[nn.Module, Rounded], tmp_path: Path) -> None:
+    network, rounded = made
+    export_int8_onnx(network, rounded.form, tmp_path / "q.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(tmp_path / "q.onnx", options, providers=["CPUExecutionProvider"])
+    found = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in network.modules())
+    assert found.count("QLinearConv") == convolutions
+    assert found.count("QGemm") == 1
+    assert {"Conv", "Gemm", "Add", "Relu", "GlobalAveragePool"} & set(found) == set()
+
+
+def test_what_is_left_is_plain(made: tuple[nn.Module, Rounded]) -> None:
+    network, rounded = made
+    bits = rounded.form.weight_bits
+    for layer in weighted(network):
+        assert torch.allclose(rounded_weight(layer.weight, bits), layer.weight, rtol=1e-6)
+        levels = {len(row.unique()) for row in layer.weight.flatten(1)}
+        assert max(levels) <= 2**bits - 1
+        assert type(layer) in (nn.Conv2d, nn.Linear, DepthwiseConv2d)
+        assert layer.bias is not None
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    assert {key.rpartition(".")[2] for key in network.state_dict()} == {"weight", "bias"}
+
+
+def test_saved_and_read_it_is_the_same(
+    made: tuple[nn.Module, Rounded], trained: Trained, tmp_path: Path
+) -> None:
+    network, rounded = made
+    save_network(tmp_path, network, trained.card)
+    rounded.form.save(tmp_path / "quantization.json")
+    read, _ = load_network(tmp_path)
+    assert QuantizedForm.load(tmp_path / "quantization.json") == rounded.form
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(read(images), network.eval()(images))
+    for name, which in (("a", network), ("b", read)):
+        export_int8_onnx(which, rounded.form, tmp_path / f"{name}.onnx", card=trained.card)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_weights_of_another_network_are_refused_still(trained: Trained, tmp_path: Path) -> None:
+    save_network(tmp_path, trained.network, trained.card)
+    folded = copy.deepcopy(trained.network)
+    fold_bn_(folded, (1, 8, 8))
+    tensors = folded.state_dict()
+    del tensors["head.0.bias"]  # a normalisation is gone, and no bias has taken its place
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match="belong to another network"):
+        load_network(tmp_path)
+
+
+def test_without_training_it_is_onnx_runtimes_own_int8(trained: Trained, tmp_path: Path) -> None:
+    network = copy.deepcopy(trained.network)
+    rounded = QAT().apply_(network, tools(trained.data, nothing)).changes[0]
+    assert rounded.ptq_accuracy == rounded.qat_accuracy
+    export_int8_onnx(network, rounded.form, tmp_path / "ours.onnx", card=trained.card)
+    export_onnx(trained.network, tmp_path / "fp32.onnx", card=trained.card)
+    quantize_file(tmp_path / "fp32.onnx", tmp_path / "theirs.onnx", trained.data)
+    ours, theirs = (judge(tmp_path / f"{name}.onnx", trained.data) for name in ("ours", "theirs"))
+    assert abs(ours - theirs) <= 2 * SAME / len(trained.data.validation)
+    count = [
+        sum(n.op_type == "QuantizeLinear" for n in onnx.load(tmp_path / f"{name}.onnx").graph.node)
+        for name in ("ours", "theirs")
+    ]
+    assert count[0] == count[1]  # the same tensors are rounded
+
+
+def harm(network: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(-1)
+
+
+def diverge(network: nn.Module) -> None:
+    harm(network)
+    with torch.no_grad():
+        next(network.parameters()).fill_(torch.nan)
+    raise TrainingDiverged("The loss is not a finite number.")
+
+
+@pytest.mark.parametrize("tune", [harm, diverge])
+def test_a_training_that_harms_is_taken_back(
+    trained: Trained, tune: Callable[[nn.Module], None]
+) -> None:
+    harmed, untouched = copy.deepcopy(trained.network), copy.deepcopy(trained.network)
+    (bad,) = QAT().apply_(harmed, tools(trained.data, tune)).changes
+    (good,) = QAT().apply_(untouched, tools(trained.data, nothing)).changes
+    assert bad.form == replace(good.form, method="ptq")
+    assert bad.qat_accuracy < bad.ptq_accuracy == good.ptq_accuracy
+    for name, value in untouched.state_dict().items():
+        assert torch.equal(harmed.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_are_rounded_to_their_grid(bits: int, per_channel: bool) -> None:
+    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    weight[2] = 0
+    highest = 2 ** (bits - 1) - 1
+    found = rounded_weight(weight, bits, per_channel=per_channel).numpy()
+    array = weight.numpy().astype(np.float64)
+    largest = np.abs(array).max((1, 2, 3), keepdims=True) if per_channel else np.abs(array).max()
+    scale = np.where(largest > 0, largest / highest, 1.0)
+    expected = scale * np.clip(np.rint(array / scale), -highest, highest)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert not found[2].any()
+
+
+def test_gradients_pass_straight_through_but_for_what_is_cut_off() -> None:
+    weight = torch.randn(4, 8, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    (rounded_weight(weight, 4) * torch.arange(8.0)).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.arange(8.0).expand(4, 8))
+    values = torch.tensor([-2.0, -0.91, 0.01, 1.91, 2.5], requires_grad=True)
+    rounded = rounded_activation(values, torch.tensor([-1.0, 2.0]))
+    rounded.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [0, 1, 1, 1, 0]
+    steps = np.clip(np.rint(np.array(values.tolist()) * 85) + 85, 0, 255)
+    np.testing.assert_allclose(rounded.detach(), (steps - 85) / 85, rtol=1e-5)
+
+
+def test_a_range_is_widened_to_hold_zero() -> None:
+    values = torch.tensor([1.0, 3.0, 5.1])
+    found = rounded_activation(values, torch.tensor([2.0, 5.1]))
+    assert torch.allclose(found, (values / 0.02).round() * 0.02, atol=1e-6)
+
+
+def test_pruned_weights_stay_and_rounded_ones_may_come_back() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    layer.weight = nn.Parameter(torch.tensor([[1.0, 0.001, 0.0]]))
+    kept = {layer: torch.tensor([[1.0, 1.0, 0.0]])}
+    with rounding_weights(layer, 8, kept=kept):
+        assert layer.weight.tolist() == [[1.0, 0.0, 0.0]]
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+        (-layer(torch.ones(1, 3))).sum().backward()
+        optimizer.step()
+    assert layer.weight[0, 1].item() == pytest.approx(0.501, abs=0.007)
+    assert layer.weight[0, 2] == 0
+
+
+def test_zeros_of_pruning_are_zeros_of_the_file(trained: Trained) -> None:
+    network = copy.deepcopy(trained.network)
+    with torch.no_grad():
+        for layer in weighted(network):
+            layer.weight[:, ::2] = 0 if layer.weight.shape[1] > 1 else layer.weight[:, ::2]
+    masks = [layer.weight == 0 for layer in weighted(network)]
+    QAT().apply_(network, tools(trained.data, lambda n: train(n, trained.data, settings=SETTINGS)))
+    for layer, mask in zip(weighted(network), masks, strict=True):
+        assert not layer.weight[mask].any()
+
+
+class Shared(nn.Module):
+    """Uses what a convolution returns twice: in a normalisation and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv(images)
+        return self.linear(functional.relu(self.norm(maps) + maps).mean((2, 3)))
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Give its normalisations statistics that are not those of the beginning."""
+    generator = torch.Generator().manual_seed(3)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                tensor.data.copy_(torch.rand(len(tensor), generator=generator) + 0.5)
+    return network.eval()
+
+
+def test_folding_keeps_the_scores(trained: Trained) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2),
+        nn.BatchNorm2d(8),
+        DepthwiseConv2d(8, 8, 5, padding=2, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 3, 1, bias=False),
+    )
+    for network, shape, left in ((trained.network, (1, 8, 8), 0), (plain, (4, 9, 9), 1)):
+        folded = lively(copy.deepcopy(network))
+        images = torch.randn(2, *shape)
+        expected = folded(images)
+        fold_bn_(folded, shape)
+        assert torch.allclose(folded(images), expected, rtol=1e-4, atol=1e-4)
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == left
+
+
+def test_folding_what_is_used_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="something else uses what a convolution returns"):
+        fold_bn_(lively(Shared()), (1, 8, 8))
+
+
+def test_each_new_tensor_is_rounded_once(trained: Trained) -> None:
+    folded = copy.deepcopy(trained.network)
+    fold_bn_(folded, (1, 8, 8))
+    points = quantized_points(folded, (1, 8, 8))
+    assert points.inputs == ("stem.0",)
+    assert points.outputs[:6] == (
+        *("stem.2", "layers.0.expand.2", "layers.0.depthwise.2"),
+        *("layers.0.project.0", "layers.0", "layers.1.expand.2"),
+    )
+    assert points.outputs[-3:] == ("head.2", "classifier.pool", "classifier.linear")
+    assert not any("shuffle" in name for name in points.outputs)
+
+
+def test_any_module_goes_through(trained: Trained, tmp_path: Path) -> None:
+    """Functional activations, an input that no module makes, a layer without a bias."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(1, 8, 3, padding=1)
+            self.two = nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False)
+            self.last = nn.Linear(128, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = functional.relu(self.one(images))
+            maps = functional.max_pool2d(functional.relu(self.two(maps)) + maps, 2)
+            return self.last(maps.flatten(1))
+
+    torch.manual_seed(0)
+    network = Own()
+    short = replace(SETTINGS, epochs=3, lr=0.05)
+    train(network, trained.data, settings=short)
+    (rounded,) = (
+        QAT(weight_bits=4)
+        .apply_(network, tools(trained.data, lambda n: train(n, trained.data, settings=SETTINGS)))
+        .changes
+    )
+    assert rounded.form.inputs.keys() == {"one", "two", "last"}
+    export_int8_onnx(network, rounded.form, tmp_path / "q.onnx", input_shape=(1, 8, 8))
+    expected = accuracy(as_deployed(network, rounded.form), trained.data)
+    assert expected > 0.8
+    assert abs(judge(tmp_path / "q.onnx", trained.data) - expected) <= SAME / 287
+
+
+def test_it_is_a_method_of_compress_(trained: Trained) -> None:
+    network = copy.deepcopy(trained.network)
+    report = compress_(network, QAT(), train=nothing, data=trained.data)
+    assert isinstance(report.changes[0], Rounded)
+    assert report.after.params == sum(
+        layer.weight.numel() + len(layer.bias) for layer in weighted(network)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weight_bits": 1}, "weight_bits is 1; expected a whole number from 2 to 8"),
+        ({"weight_bits": 16}, "weight_bits is 16"),
+        ({"momentum": 1.0}, "momentum is 1.0; expected 0 "),
+        ({"ranges": "percentil"}, "Did you mean 'percentile'"),
+        ({"percentile": 20.0}, "percentile is 20; expected above 50"),
+        ({"calibration_images": 0}, "calibration_images is 0; expected at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        QAT(**options)
+
+
+def test_it_refuses_to_go_without_images_or_training(trained: Trained) -> None:
+    network = copy.deepcopy(trained.network)
+    with pytest.raises(InputError, match="no data"):
+        compress_(network, QAT(), train=nothing)
+    with pytest.raises(InputError, match="nothing that trains"):
+        compress_(network, QAT(), data=trained.data)
+
+
+def test_a_form_of_another_network_or_file_is_refused(trained: Trained, tmp_path: Path) -> None:
+    form = QuantizedForm(8, True, {"steam.0": (0.0, 1.0)}, {})
+    with pytest.raises(InputError, match=r"names steam\.0, which the network has not"):
+        as_deployed(trained.network, form)
+    (tmp_path / "f.json").write_text('{"weight_bits": 8}')
+    with pytest.raises(InputError, match=r"f\.json: .*missing or of the wrong kind"):
+        QuantizedForm.load(tmp_path / "f.json")
