@@ -2,6 +2,7 @@
 
     python scripts/targets/measure.py WORK CIFAR_FOLDER [--spaces quickstart,fbnet_cifar]
         [--seeds 0,1,2] [--fractions 0.2,0.35,0.5,0.65,0.8] [--images 1000] [--epochs 16]
+        [--steps table,search,measure]
 
 One search per space and seed, with a target per fraction of the way from the fastest to the slowest
 network of this machine's table (ONNX Runtime, fp32, one thread). Each target's network is selected
@@ -252,21 +253,25 @@ def main() -> None:
     add("--quickstart-epochs", type=int, default=60, help="of a search in quickstart")
     add("--threads", type=int, default=2, help="of torch")
     add("--device", default="epyc", help="name of this machine")
+    add("--steps", default="table,search,measure", help="table and measure want a quiet machine")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     device = Device(name=arguments.device)
     fractions = [float(f) for f in arguments.fractions.split(",")]
     selected = arguments.work / "selected.csv"
+    steps = arguments.steps.split(",")
     tables, cases = {}, {}
     for name in arguments.spaces.split(","):
         case = cases[name] = case_of(name, arguments)
         table = tables[name] = table_of(case, device, arguments)
-        for seed in map(int, arguments.seeds.split(",")):
+        for seed in map(int, arguments.seeds.split(",") if "search" in steps else ()):
             if is_known(rows_of(selected), space=name, seed=seed):
                 continue
             print(f"{name}, seed {seed}: searching for {len(fractions)} targets", flush=True)
             append_rows(selected, select(case, table, seed, fractions))
+    if "measure" not in steps:
+        return
     rows = rows_of(selected)
     found = judged(
         pd.concat([measured(c, rows[rows.space == name], device) for name, c in cases.items()])
