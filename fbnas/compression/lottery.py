@@ -28,7 +28,7 @@ from fbnas.compression.magnitude import (
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.errors import InputError, unknown
 from fbnas.files import atomic_write
-from fbnas.space.network import Network, initialise_
+from fbnas.space.network import Network, initialise_, read_weights
 
 SCOPES = ("global", "layer")
 TABLE_FILE = "lottery.csv"
@@ -129,7 +129,7 @@ class LotteryTicket(Method):
     def _begin_(self, model: nn.Module, tools: Tools) -> tuple[State, Any]:
         """Leave the network trained; return the weights to rewind to, and what its training did."""
         if self.rewind_to is not None:
-            return read_weights(Path(self.rewind_to), model), None
+            return weights_to_rewind_to(Path(self.rewind_to), model), None
         masks = masks_of(model)
         initialise_anew_(model, tools.seed)
         early = self._early(model, masks, tools)
@@ -221,23 +221,15 @@ def initialise_anew_(model: nn.Module, seed: int) -> None:
             initialise_(model)
 
 
-def read_weights(path: Path, model: nn.Module) -> State:
+def weights_to_rewind_to(path: Path, model: nn.Module) -> State:
     """Read the weights to rewind to.
 
     Raises:
         InputError: no such file, damaged, or of another network.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise InputError(f"rewind_to={path}: no such file; expected weights.safetensors.")
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise InputError(
-            f"rewind_to={path}: damaged ({error}); expected a safetensors file."
-        ) from error
+    state = read_weights(path)
     if _shapes(state) != _shapes(model.state_dict()):
         raise InputError(
             f"rewind_to={path}: the weights of another network; expected those that this one "

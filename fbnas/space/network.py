@@ -291,19 +291,27 @@ def load_weights_(network: nn.Module, path: Path) -> None:
     Raises:
         InputError: no such file, damaged, or of another network.
     """
+    load_tensors_(network, read_weights(path), str(path))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read what `save_weights` wrote.
+
+    Raises:
+        InputError: no such file, or a damaged one.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a network's weights.")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise InputError(
             f"{path}: the weights are damaged ({error}); expected a safetensors file. Write it "
             "again with the command that made it."
         ) from error
-    load_tensors_(network, tensors, str(path))
 
 
 def load_tensors_(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
