@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbnas.search.alignment import align_
 from fbnas.space.architecture import Architecture
 from fbnas.space.blocks import build_block
 from fbnas.space.network import (
@@ -73,7 +74,7 @@ class MixedBlock(nn.Module):
         # for the gate's own gradient, which is a third of the work.
         with torch.no_grad():
             outputs = [self.branch(i)(features) for i in silent]
-        return _Silent.apply(mixed, gate[silent], *outputs)
+        return _Silent.apply(mixed, gate, silent, *outputs)
 
 
 def _weighted(block: MixedBlock, features: Tensor, gate: Tensor, choices: Sequence[int]) -> Tensor:
@@ -91,15 +92,21 @@ class _Silent(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, gate: Tensor, *outputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, mixed: Tensor, gate: Tensor, silent: list[int], *outputs: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*outputs)
-        ctx.gate_dtype = gate.dtype
+        ctx.gate, ctx.silent = (len(gate), gate.dtype), silent
         return mixed.view_as(mixed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        products = [(gradient * output).sum(dtype=ctx.gate_dtype) for output in ctx.saved_tensors]
-        return gradient, torch.stack(products), *[None] * len(products)
+        length, dtype = ctx.gate
+        # put together from pieces: an index into a tensor on a GPU would make the CPU wait for it
+        slopes = [gradient.new_zeros((), dtype=dtype)] * length
+        for i, output in zip(ctx.silent, ctx.saved_tensors, strict=True):
+            slopes[i] = (gradient * output).sum(dtype=dtype)
+        return gradient, torch.stack(slopes), *[None] * (1 + len(ctx.silent))
 
 
 class Supernet(nn.Module):
@@ -127,6 +134,10 @@ class Supernet(nn.Module):
         self.build_classifier = classifier
         self.classifier = classifier(space, classes)
         initialise_(self)
+        for layer, mixed in zip(space.layers, self.layers, strict=True):
+            if layer.stride != 1 or layer.in_channels != layer.out_channels:
+                assert isinstance(mixed, MixedBlock)
+                align_(list(mixed.branches.values()))
 
     def forward(
         self,
@@ -154,12 +165,12 @@ class Supernet(nn.Module):
             return self.classifier(self.head(features))
         per_image = gates.dim() == 3 and len(gates) == len(images)
         self._check(gates.shape[1:] if per_image else gates.shape, str(tuple(gates.shape)))
-        rows = gates.unbind(1) if per_image else gates.unbind(0)
         values = None if per_image else gates.detach().tolist()
+        # all at once: their gradient comes back in one piece, for which the CPU waits once
+        rows = gates.to(images.device, non_blocking=True).unbind(1 if per_image else 0)
         for i, layer in enumerate(self.layers):
-            row = rows[i].to(images.device, non_blocking=True)
             allowed = None if among is None else among[i]
-            features = layer(features, row, None if values is None else values[i], allowed)
+            features = layer(features, rows[i], None if values is None else values[i], allowed)
         return self.classifier(self.head(features))
 
     def _check(self, shape: Sequence[int], words: str) -> None:

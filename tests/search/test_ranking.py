@@ -64,8 +64,8 @@ def supernet(data: Data) -> Supernet:
 @pytest.fixture(scope="module")
 def lively(data: Data) -> Supernet:
     """No block is the identity at first: a mistake in any of them shows."""
-    torch.manual_seed(1)
     supernet = Supernet(SPACE, classes=10)
+    torch.manual_seed(1)
     for parameter in supernet.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return supernet
