@@ -25,6 +25,7 @@ from fbnas.space.search_space import SearchSpace
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, Images, batches, split_for_search
 from fbnas.training.interrupt import stop_on_signal
+from fbnas.training.layout import memory_format
 from fbnas.training.processes import (
     any_process,
     average_gradients_,
@@ -171,7 +172,7 @@ class Loop:
         if fabric.world_size > 1:
             synchronise_bn_(self.supernet)
         # as the batches are: training steps of FBNets take 0.6 of the time so (batches())
-        self.supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.supernet.to(self.device, memory_format=memory_format(self.device))  # type: ignore[call-overload]
         sgd = torch.optim.SGD(
             self.supernet.parameters(),
             lr=settings.weights_lr,

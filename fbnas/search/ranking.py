@@ -14,6 +14,7 @@ from fbnas.search.supernet import MixedBlock, Path, Supernet
 from fbnas.space.architecture import Architecture
 from fbnas.training.data import Data, Images, Subset, batches, split_for_search
 from fbnas.training.evaluation import recalibrate_bn
+from fbnas.training.layout import memory_format
 
 BATCH = 256
 
@@ -98,7 +99,7 @@ class SharedWeightsJudge:
         self.supernet = deepcopy(supernet).requires_grad_(False).eval()
         # as the batches are: an eval step on CPU takes half the time so
         self.device = torch.device(device or next(supernet.parameters()).device)
-        self.supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.supernet.to(self.device, memory_format=memory_format(self.device))  # type: ignore[call-overload]
         self.data = data
         weights_images, theta_images = split_for_search(
             data.train, fraction=weights_fraction, seed=seed

@@ -12,6 +12,7 @@ from fbnas.errors import InputError, unknown
 from fbnas.space.search_space import SearchSpace
 from fbnas.training.augmentation import Augment
 from fbnas.training.images import FileImages, Images, Subset, TensorImages
+from fbnas.training.layout import memory_format
 from fbnas.training.processes import part_of
 from fbnas.training.reading import Wait, read
 from fbnas.training.sources import SOURCES, Source
@@ -182,7 +183,7 @@ def batches(
         if augment is not None:
             x = augment(x)
         x = x.sub(centre).div_(scale)
-        yield x.contiguous(memory_format=torch.channels_last), y
+        yield x.contiguous(memory_format=memory_format(device)), y
 
 
 @cache

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbnas.errors import InputError, check_known
+from fbnas.training.layout import memory_format
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Teaching:
         self.how = how
         self.digest = _digest(teacher)
         self.teacher = deepcopy(teacher).requires_grad_(False).eval()
-        self.teacher.to(image.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.teacher.to(image.device, memory_format=memory_format(image.device))  # type: ignore[call-overload]
         self.network = network
         _check_scores(self.teacher, image, classes)
         self.pairs = _pairs(network, self.teacher, how, image) if how.feature_weight else []

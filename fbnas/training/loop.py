@@ -19,6 +19,7 @@ from fbnas.training.distillation import Distillation, Teaching
 from fbnas.training.evaluation import evaluate, recalibrate_bn
 from fbnas.training.images import Subset
 from fbnas.training.interrupt import stop_on_signal
+from fbnas.training.layout import memory_format
 from fbnas.training.schedules import cosine
 from fbnas.training.settings import TrainingSettings, choose_device
 from fbnas.training.state import Average, TrainingState, metrics_writer
@@ -74,7 +75,7 @@ def train(
     settings = settings or TrainingSettings()
     torch.manual_seed(seed)
     device = choose_device(settings.device)
-    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
     teaching = None if teacher is None else _teaching(teacher, network, data, settings, task)
     regressors = nn.ModuleList() if teaching is None else teaching.regressors
     state = TrainingState(

@@ -65,6 +65,11 @@ PUBLISHED = {
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fbnet": ("fbnet_additive", PUBLISHED),
     "hard": ("target", {"weights_on": "path"}),
+    "hard, clip 1": ("target", {"weights_on": "path", "clip_norm": 1.0}),
+    "hard, clip 1, lr 0.05": (
+        "target",
+        {"weights_on": "path", "clip_norm": 1.0, "weights_lr": 0.05},
+    ),
     "two_paths": ("target", {"weights_on": "path", "theta_step": "two_paths"}),
     "all": ("target", {"weights_on": "path", "theta_step": "all", "tau": 2.0, "tau_final": 0.3}),
     "hard, weights on uniform paths": ("target", {"weights_on": "uniform"}),
