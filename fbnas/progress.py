@@ -11,14 +11,20 @@ log = logging.getLogger(__name__)
 QUIET_INTERVAL_S = 10.0  # without a terminal: a plain line no more often than this
 SPEED_PERIOD_S = 600.0  # the time left follows from the steps of so long; one may take minutes
 
+_shown: list[str] = []  # the bar on the terminal
+
 
 @contextlib.contextmanager
 def progress(description: str, *, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a bar with time left on a terminal, or a log line every few seconds elsewhere.
 
     Yields a function that is called with the number of steps just done. `done`: steps that were
-    done before, by what is resumed: the time left follows from those of now.
+    done before, by what is resumed: the time left follows from those of now. Within a bar that is
+    shown already a second one is not.
     """
+    if sys.stderr.isatty() and _shown:
+        yield lambda steps: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,7 +44,11 @@ def progress(description: str, *, total: int, done: int = 0) -> Iterator[Callabl
             speed_estimate_period=SPEED_PERIOD_S,
         ) as bar:
             task = bar.add_task(description, total=total, completed=done)
-            yield lambda steps: bar.advance(task, steps)
+            _shown.append(description)
+            try:
+                yield lambda steps: bar.advance(task, steps)
+            finally:
+                _shown.pop()
         return
     yield plain_lines(description, total, done)
 

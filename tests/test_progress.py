@@ -28,6 +28,20 @@ def test_a_terminal_sees_how_far_and_the_time_left(monkeypatch: pytest.MonkeyPat
     assert re.search(r"-:--:--|\d:\d\d:\d\d", shown)
 
 
+def test_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("Training", total=2), progress("Judging", total=3) as advance:
+        advance(3)
+    with progress("Converting", total=4):
+        pass
+    shown = screen.getvalue()
+    assert "Training" in shown
+    assert "Judging" not in shown
+    assert "Converting" in shown
+
+
 def test_elsewhere_lines_tell_the_time_left_by_the_steps_of_now(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
