@@ -1,12 +1,14 @@
 # make setup   creates .venv with fbnas in it, and nothing else
 # make demo    the quickstart: a network searched, trained, compressed and measured on this machine
 # make test    formatter, linter, type checker, tests
+# make test-lowest   the tests, with the lowest versions that pyproject.toml allows, in .venv-lowest
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 
-.PHONY: setup demo test format clean
+.PHONY: setup demo test test-lowest format clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +20,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/pytest -n 2 --dist loadfile
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
@@ -33,5 +38,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(LOWEST) build dist

@@ -71,6 +71,7 @@ def test_package_and_configs_come_from_the_wheel(python: Path, tmp_path: Path) -
         assert path.is_relative_to(environment)
         assert not path.is_relative_to(ROOT)
     shipped = {p.relative_to(found[1]) for p in found[1].rglob("*.yaml")}
+    assert (found[0].parent / "py.typed").is_file()
     assert shipped == {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
 
 

@@ -44,14 +44,13 @@ from fbnas.latency.profiling import AnyDevice, enliven_, profile, require_same_d
 from fbnas.latency.table import LatencyTable
 from fbnas.report import write_report
 from fbnas.search import (
-    LEAST_USED,
     Learned,
     Limit,
     SearchSettings,
     Target,
+    best_within,
     build_objective,
     lowest_within,
-    most_probable_within,
     read_result,
     search,
 )
@@ -245,16 +244,7 @@ def _candidates(chain: Chain, learned: Learned, limit_ms: float | None) -> list[
     if limit_ms is not None:
         latency = replace(latency, budget=limit_ms)
     limits = (latency, *others)
-    probable = most_probable_within(
-        learned.distribution.probabilities(),
-        learned.latency_ms,
-        budget_ms=limit_ms,
-        base_ms=learned.base_ms,
-        count=chain.config["candidates"],
-        space=chain.space,
-        limits=others,
-        least_used=LEAST_USED,
-    )
+    probable = best_within(learned.distribution, limits, count=chain.config["candidates"])
     if chain.config["rank"] == "probability":
         return probable
     found = ranked_by_shared_weights(

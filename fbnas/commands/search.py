@@ -8,12 +8,11 @@ from fbnas.commands.parts import data_for, space_of
 from fbnas.commands.processes import check_fabric, fabric_of, is_first
 from fbnas.commands.targets import build_targets, say_doubts, targets_asked
 from fbnas.search import (
-    LEAST_USED,
     ArchitectureDistribution,
     SearchSettings,
     Target,
+    best_within,
     build_objective,
-    most_probable_within,
     search,
 )
 from fbnas.space import SearchSpace
@@ -65,17 +64,8 @@ def _chosen(
     space: SearchSpace, target: Target, theta: ArchitectureDistribution, classes: int
 ) -> dict[str, Any]:
     """Print and return the most probable architecture within a target's budgets."""
-    latency, *others = limits = target.limits(space, classes)
-    best = most_probable_within(
-        theta.probabilities(),
-        latency.cost,
-        budget_ms=target.budget_ms,
-        base_ms=latency.base,
-        count=1,
-        space=space,
-        limits=others,
-        least_used=LEAST_USED,
-    )[0]
+    limits = target.limits(space, classes)
+    best = best_within(theta, limits, count=1)[0]
     print(
         f"{target.name}: {best} predicted {predicted_text(best.provenance, limits)} "
         f"(budgets {budgets_text(limits)})"

@@ -11,6 +11,7 @@ from fbnas.errors import InputError
 from fbnas.export.session import open_session, run
 from fbnas.latency.devices import Device
 from fbnas.latency.profiling import AnyDevice
+from fbnas.progress import progress
 
 if TYPE_CHECKING:
     from fbnas.training.data import Images
@@ -93,14 +94,25 @@ def _answers(
         )
     else:
         answers = _pieces(path, shown, device)
-    for scores, labels in answers:
-        if scores.ndim != 2 or scores.shape[1] <= int(labels.max()):
-            raise InputError(
-                f"{path}: its scores are {tuple(scores.shape)} and the data has label "
-                f"{int(labels.max())}; expected (images, classes) with a score for every class. "
-                "Use the data that it was trained on."
-            )
-        yield scores, labels
+    with progress(f"Scoring by {path.name}", total=len(images)) as advance:
+        for scores, labels in answers:
+            _check_scores(path, scores, labels)
+            yield scores, labels
+            advance(len(labels))
+
+
+def _check_scores(path: Path, scores: Tensor, labels: Tensor) -> None:
+    """Refuse scores that are not one for every class.
+
+    Raises:
+        InputError: what they are and what was expected.
+    """
+    if scores.ndim != 2 or scores.shape[1] <= int(labels.max()):
+        raise InputError(
+            f"{path}: its scores are {tuple(scores.shape)} and the data has label "
+            f"{int(labels.max())}; expected (images, classes) with a score for every class. "
+            "Use the data that it was trained on."
+        )
 
 
 def _pieces(

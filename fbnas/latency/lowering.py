@@ -282,12 +282,8 @@ def quantize_graph(
         float_layers: names of layers, as of `layer_names`, that go on computing in float.
     """
     import onnx
-    from onnxruntime.quantization import (
-        CalibrationMethod,
-        QDQQuantizer,
-        QuantType,
-        TensorsData,
-    )
+    from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     left_out = [*float_layers, *_between_float(model.graph, frozenset(float_layers))]

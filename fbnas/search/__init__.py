@@ -1,5 +1,6 @@
 """HOW the choice is learned: supernet, theta, objectives, the alternating loop, selection."""
 
+from fbnas.search.choice import best_within
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.evolution import evolve
 from fbnas.search.logbook import Learned, read_result, read_supernet
@@ -35,6 +36,7 @@ __all__ = [
     "SharedWeightsJudge",
     "Supernet",
     "Target",
+    "best_within",
     "build_objective",
     "check_budget",
     "check_limits",

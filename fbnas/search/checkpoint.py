@@ -48,7 +48,7 @@ def _scaler_state(loop: "Loop") -> dict[str, Any]:
 def recipe(loop: "Loop") -> dict[str, Any]:
     """Return what must be the same for a checkpoint to be continued."""
     settings = asdict(loop.settings) | {"precision": loop.fabric.strategy.precision.precision}
-    for key in ("device", "checkpoint_every_s"):
+    for key in ("device", "checkpoint_every_s", "choice_every"):
         settings.pop(key)
     return {
         "space": loop.supernet.space.to_dict(),

@@ -19,6 +19,7 @@ from fbnas.files import (
     write_json,
     write_yaml,
 )
+from fbnas.search.choice import choice_words
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import Objective
 from fbnas.search.selection import Limit
@@ -173,10 +174,45 @@ class Logbook:
             self.writer.add_image(f"target_{number}/theta", _enlarged(image), epoch)
         self.writer.flush()
 
+    def write_tables(self, learners: Sequence["Learner"]) -> None:
+        """Put each target's latencies into TensorBoard, as text and as a picture beside theta's."""
+        if self.out is None:
+            return
+        for number, learner in enumerate(learners):
+            tag = f"target_{number}/table"
+            self.writer.add_text(tag, _table_text(learner), 0)
+            shares = learner.latency_ms.nan_to_num(0.0)
+            self.writer.add_image(tag, _enlarged(shares / shares.max().clamp(min=1e-30)), 0)
 
-def _enlarged(probabilities: Tensor) -> Tensor:
-    """(layers, blocks) to a (1, 16 layers, 16 blocks) picture."""
-    return probabilities.repeat_interleave(16, 0).repeat_interleave(16, 1).unsqueeze(0)
+    def write_choices(self, epoch: int, learners: Sequence["Learner"]) -> None:
+        """Say what each target would be given now."""
+        for number, learner in enumerate(learners):
+            cost, blocks = choice_words(learner)
+            name = f" for {learner.target.name}" if learner.target.name else ""
+            log.info("epoch %3d would choose%s, %s:\n    %s", epoch + 1, name, cost, blocks)
+            if self.out is not None:
+                self.writer.add_text(f"target_{number}/choice", f"{cost}:\n\n    {blocks}", epoch)
+
+
+def _enlarged(shares: Tensor) -> Tensor:
+    """(layers, blocks), 0 to 1, to a (1, 16 layers, 16 blocks) picture."""
+    return shares.repeat_interleave(16, 0).repeat_interleave(16, 1).unsqueeze(0)
+
+
+def _table_text(learner: "Learner") -> str:
+    """What blocks cost a target in ms, as Markdown: a row per layer, a column per block."""
+    space = learner.distribution.space
+    lines = [
+        f"{learner.target.name or 'Latency'}: {learner.base_ms:.4g} ms for stem, head and "
+        "classifier, and for the block of each layer, in ms:",
+        "",
+        "| layer | " + " | ".join(space.blocks) + " |",
+        "|---" * (len(space.blocks) + 1) + "|",
+    ]
+    for layer, row in zip(space.layers, _listed(learner.latency_ms, space.offered), strict=True):
+        costs = ["" if cost is None else f"{cost:.4g}" for cost in row]
+        lines.append(" | ".join([f"| {layer.index}: {layer}", *costs]) + " |")
+    return "\n".join(lines)
 
 
 def _console_line(row: dict[str, Any]) -> str:

@@ -117,7 +117,8 @@ def search(
         logbook.open_logbook(loop.writes, loop.epoch) as book,
         loop.progress() as loop.advance,
     ):
-        loop.advance(loop.steps_done())
+        if loop.first and loop.epoch == 0:
+            book.write_tables(loop.learners)
         for epoch in range(loop.epoch, loop.settings.epochs):
             loop.train_weights(epoch, stop)
             if epoch >= loop.settings.warmup:
@@ -128,6 +129,8 @@ def search(
             loop.save()
             if on_epoch and loop.first:
                 on_epoch(row)
+            if loop.first and settings.says_choice(epoch):
+                book.write_choices(epoch, loop.learners)
     if loop.writes:
         logbook.write_result(loop.writes, space, loop.learners, loop.supernet)
     history = loop.history if loop.out is None else logbook.read_history(loop.out)
@@ -316,7 +319,7 @@ class Loop:
         """The display of all steps; only the first process shows one."""
         if not self.first:
             return nullcontext(lambda steps: None)
-        return progress("Searching", total=self.total_steps())
+        return progress("Searching", total=self.total_steps(), done=self.steps_done())
 
     def total_steps(self) -> int:
         """Steps of the whole search, for the progress display."""

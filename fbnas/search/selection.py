@@ -168,6 +168,7 @@ def most_probable_within(
     space: SearchSpace | None = None,
     limits: Sequence[Limit] = (),
     least_used: float = 0.0,
+    at_most_s: float = math.inf,
 ) -> list[Architecture]:
     """Return the `count` most probable architectures within every budget, best first.
 
@@ -186,6 +187,8 @@ def most_probable_within(
         limits: further budgets, and costs without one that are only to be stated.
         least_used: fraction of the first budget of a sum (latency, else energy, else parameters)
             that a network has to use; it is dropped where no network within the budgets does.
+        at_most_s: seconds that the solver may look for a network; then it gives the best so far,
+            or none.
 
     Raises:
         InputError: no architecture fits; the lowest and highest costs are named.
@@ -207,8 +210,8 @@ def most_probable_within(
             asked = limit.written(limit.budget)
             raise InputError(f"No network fits {asked}: {limit.range_text()}.")
     score = probabilities.detach().double().cpu().clamp(min=SMALLEST_PROBABILITY).log().numpy()
-    paths = _best_paths(score, every, count, least_used) if least_used > 0 else []
-    paths = paths or _best_paths(score, every, count)
+    paths = _best_paths(score, every, count, least_used, at_most_s) if least_used > 0 else []
+    paths = paths or _best_paths(score, every, count, at_most_s=at_most_s)
     if not paths:
         _refuse_conflict(bounded)
     chosen = []
@@ -292,12 +295,16 @@ def _refuse_conflict(bounded: Sequence[Limit]) -> None:
 
 
 def _best_paths(
-    score: np.ndarray, limits: Sequence[Limit], count: int, least_used: float = 0.0
+    score: np.ndarray,
+    limits: Sequence[Limit],
+    count: int,
+    least_used: float = 0.0,
+    at_most_s: float = math.inf,
 ) -> list[list[int]]:
     """Solve, exclude the answer, solve again. Each path is one block index per layer.
 
     `score` is (layers, blocks); the limits without a budget say only which blocks are offered.
-    `least_used`: of the first budget of a sum.
+    `least_used`: of the first budget of a sum. `at_most_s`: for each answer, in seconds.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -330,7 +337,7 @@ def _best_paths(
                 integrality=np.ones(layers * blocks),
                 bounds=Bounds(0, offered.astype(float).ravel()),
                 constraints=constraints,
-                options={"mip_rel_gap": 0.0},
+                options={"mip_rel_gap": 0.0, "time_limit": at_most_s},
             )
         if result.x is None:
             break

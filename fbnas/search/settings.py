@@ -27,6 +27,7 @@ class SearchSettings:
     tau_final: None follows the paper: tau * exp(-0.045) per epoch of 90, stretched over `epochs`.
     schedule: of tau, theta_lr or weights_lr, points [part of the search, value] in place of the
         constants above; none keeps them. Theta sleeps while its rate starts with 0.
+    choice_every: epochs between two looks at what would be chosen now; 0 takes none.
     """
 
     epochs: int = 60
@@ -51,6 +52,7 @@ class SearchSettings:
     augment: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     checkpoint_every_s: float = 300.0
+    choice_every: int = 5
 
     def __post_init__(self) -> None:
         choices = {
@@ -67,6 +69,11 @@ class SearchSettings:
                 raise InputError(
                     f"search.{name} is {value!r}; expected a whole number of at least 1."
                 )
+        if not isinstance(self.choice_every, int) or self.choice_every < 0:
+            raise InputError(
+                f"search.choice_every is {self.choice_every!r}; expected a whole number of epochs, "
+                "0 for never."
+            )
         for name in ("weights_fraction", "warmup_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(
@@ -113,6 +120,11 @@ class SearchSettings:
         if self.warmup_epochs is not None:
             return self.warmup_epochs
         return min(round(self.warmup_fraction * self.epochs), self.epochs - 1)
+
+    def says_choice(self, epoch: int) -> bool:
+        """Whether to say what would be chosen after an epoch, from 0: not in the warm-up."""
+        awake = epoch >= self.warmup
+        return awake and self.choice_every > 0 and (epoch + 1) % self.choice_every == 0
 
     def tau_at(self, epoch: int) -> float:
         """Temperature of an epoch, counted from 0; it follows the number of epochs asked for."""

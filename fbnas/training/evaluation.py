@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fbnas.progress import progress
 from fbnas.training.data import batches
 from fbnas.training.images import Images
 from fbnas.training.task import CLASSIFICATION, Task
@@ -28,10 +29,12 @@ def evaluate(
     was_training = network.training
     network.eval()
     loss = correct = torch.zeros((), dtype=torch.float64, device=device)
-    for x, labels in batches(images, batch_size, device=device, mean=mean, std=std):
-        scores = network(x).float()
-        loss = loss + task.loss(scores, labels).double() * len(labels)
-        correct = correct + task.metric(scores, labels).sum()
+    with progress("Judging", total=len(images)) as advance:
+        for x, labels in batches(images, batch_size, device=device, mean=mean, std=std):
+            scores = network(x).float()
+            loss = loss + task.loss(scores, labels).double() * len(labels)
+            correct = correct + task.metric(scores, labels).sum()
+            advance(len(labels))
     network.train(was_training)
     return float(loss) / len(images), float(correct) / len(images)
 

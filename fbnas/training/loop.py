@@ -95,10 +95,11 @@ def train(
     with (
         stop_on_signal() as stop,
         nullcontext() if teaching is None else teaching.listening(),
-        progress("Training", total=settings.epochs * steps) as advance,
+        progress(
+            "Training", total=settings.epochs * steps, done=state.epoch * steps + state.step
+        ) as advance,
         metrics_writer(state) as write_metrics,
     ):
-        advance(state.epoch * steps + state.step)
         for epoch in range(state.epoch, settings.epochs):
             started = time.perf_counter() - state.seconds
             network.train()
