@@ -4,14 +4,15 @@
 
 Interleaved in one process, in space `fbnet_cifar` on random images: (a) weights steps and (b) theta
 steps of `search=fast` with theta awake, taken by the search's own loop; (c) `SharedWeightsJudge` on
-random candidates within 90 to 100 % of a budget, as `fbnas sample rank=shared_weights
-candidates=1000` calls it: all by the few images of SCREENING, then FINALISTS of them by all images
-that it takes by default. Every ranking is a new judge that remembers nothing.
+what `fbnas sample rank=shared_weights candidates=1000` ranks: the most probable networks and draws
+from P_theta, within 90 to 100 % of the budget. All by the few images of SCREENING, then FINALISTS
+of them by all images that it takes by default. Every ranking is a new judge that remembers nothing.
+Theta and the budget are those of a real search (--theta: its metrics.jsonl); --uniform draws the
+candidates uniformly instead, which share fewer beginnings.
 
 An epoch of so many images is not run but computed from the median steps: its number of weights
-steps times (a) and of theta steps times (b). The seconds of (c) are those of whole rankings. The
-budget is half-way between the fastest and the slowest network of the table. Weights and theta are
-untrained and the images noise: the arithmetic is the same.
+steps times (a) and of theta steps times (b). The seconds of (c) are those of whole rankings. Weights
+are untrained and the images noise: the arithmetic is the same.
 """
 
 import argparse
@@ -27,25 +28,22 @@ import torch
 from torch import Tensor
 
 from fbnas import __version__
-from fbnas.commands.candidates import FINALISTS, SCREENING
+from fbnas.commands.candidates import FINALISTS, SCREENING, drawn
+from fbnas.files import read_jsonl
 from fbnas.latency.table import LatencyTable
-from fbnas.search import (
-    Band,
-    SearchSettings,
-    SharedWeightsJudge,
-    Target,
-    draw_within,
-)
+from fbnas.search import SearchSettings, SharedWeightsJudge, Target, best_within
 from fbnas.search.loop import Loop, one_process
 from fbnas.search.objectives import DualAscent
-from fbnas.search.selection import latency_range
 from fbnas.space import Architecture, SearchSpace
 from fbnas.training.data import Data
 from fbnas.training.images import Images, TensorImages
 from fbnas.training.task import CLASSIFICATION
 
-TABLE = Path(__file__).parents[2] / "latency_tables" / "epyc_fbnet_cifar_onnxruntime_fp32.csv"
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "latency_tables" / "epyc_fbnet_cifar_onnxruntime_int8.csv"
+THETA = ROOT / "scripts" / "gpu" / "search.jsonl"
 CLASSES = 10
+MOST_PROBABLE = 5  # the default of `count`
 STEPS = 10  # of each kind before and after each ranking
 
 
@@ -71,20 +69,12 @@ def noise(images: int, space: SearchSpace) -> Data:
     return Data("noise", names, *sizes, found, found, lambda: found, half, half)
 
 
-def target_of(table: LatencyTable, space: SearchSpace) -> Target:
-    """A budget half-way between the fastest and the slowest network."""
-    fastest_ms, slowest_ms = latency_range(*table.tensor(space, classes=CLASSES))
-    return Target(table, (fastest_ms + slowest_ms) / 2, "half-way")
-
-
-def candidates_of(loop: Loop, count: int) -> list[Architecture]:
-    """Random networks near the budget."""
+def candidates_of(loop: Loop, count: int, *, uniform: bool) -> list[Architecture]:
+    """What `fbnas sample` would rank."""
     learner = loop.learners[0]
     theta = learner.distribution
-    generator = torch.Generator().manual_seed(0)
-    band = Band(learner.limits, theta.offered)
-    paths = draw_within(theta.offered.double(), band, count, generator=generator)
-    return [theta.architecture(path, source="random") for path in paths]
+    best = [] if uniform else best_within(theta, learner.limits, count=MOST_PROBABLE)
+    return drawn(count, theta, learner.limits, best, seed=0)
 
 
 def timed(call: Callable[[], object], seconds: list[float]) -> None:
@@ -166,7 +156,8 @@ def page(loop: Loop, times: Times, candidates: int, arguments: argparse.Namespac
         "",
         f"An epoch of {arguments.images} images with theta awake, computed from the median steps "
         f"({counts[0]} of the weights, {counts[1]} of theta): {epoch:.1f} s. {candidates} "
-        f"candidates: {middle:.1f} s ({min(whole):.1f} to {max(whole):.1f}), "
+        f"{'uniform' if arguments.uniform else 'of theta'} candidates: {middle:.1f} s "
+        f"({min(whole):.1f} to {max(whole):.1f}), "
         f"{middle / epoch:.2f} of the epoch.",
     ]
     return "\n".join(lines) + "\n"
@@ -176,7 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--space", default="fbnet_cifar")
-    parser.add_argument("--table", type=Path, default=TABLE, help="for the budget")
+    parser.add_argument("--table", type=Path, default=TABLE, help="of the search")
+    parser.add_argument("--theta", type=Path, default=THETA, help="metrics.jsonl of the search")
+    parser.add_argument("--uniform", action="store_true", help="candidates without theta")
     parser.add_argument("--candidates", type=int, default=1000)
     parser.add_argument("--images", type=int, default=40_000, help="for training")
     parser.add_argument("--rounds", type=int, default=3)
@@ -187,10 +180,11 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     space = SearchSpace.load(arguments.space)
     settings = SearchSettings(device=arguments.device)
+    learned = read_jsonl(arguments.theta)[-1]["targets"][0]
     loop = Loop(
         space,
         noise(arguments.images, space),
-        [target_of(LatencyTable.load(arguments.table), space)],
+        [Target(LatencyTable.load(arguments.table), learned["budget_ms"], "searched")],
         objective=DualAscent(),
         settings=settings,
         seed=0,
@@ -198,7 +192,10 @@ def main() -> None:
         fabric=one_process(settings),
         task=CLASSIFICATION,
     )
-    candidates = candidates_of(loop, arguments.candidates)
+    theta = loop.learners[0].distribution
+    with torch.no_grad():
+        theta.logits.copy_(torch.tensor(learned["logits"], dtype=torch.float).nan_to_num(0.0))
+    candidates = candidates_of(loop, arguments.candidates, uniform=arguments.uniform)
     steps(loop, Times(), 2)  # to warm up
     times = Times()
     for number in range(1, arguments.rounds + 1):
