@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -30,6 +31,7 @@ COMMANDS = {
 
 MULTIRUN = ("-m", "--multirun")
 DONE, FAILED, WRONG_INPUT, MISSED, INTERRUPTED = 0, 1, 2, 3, 130
+UNREAD = 141  # as a shell says of a program that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(option in overrides for option in ("-h", "--help")):
             from fbnas.commands.composition import describe
 
-            print(describe(command))
+            print(describe(command), flush=True)
             return DONE
         if multirun:
             from fbnas.commands import multirun as several
@@ -80,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first():
             print(_how_to_resume(command, overrides, config.get("out")), file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone, as in `fbnas search --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is it told at the end
+        return UNREAD
     except OSError as error:
         if error.filename is None and error.errno is None:
             traceback.print_exc()

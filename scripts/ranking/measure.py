@@ -11,8 +11,8 @@ Theta and the budget are those of a real search (--theta: its metrics.jsonl); --
 candidates uniformly instead, which share fewer beginnings.
 
 An epoch of so many images is not run but computed from the median steps: its number of weights
-steps times (a) and of theta steps times (b). The seconds of (c) are those of whole rankings. Weights
-are untrained and the images noise: the arithmetic is the same.
+steps times (a) and of theta steps times (b). The seconds of (c) are those of whole rankings. The
+weights are untrained and the images noise: the arithmetic is the same.
 """
 
 import argparse

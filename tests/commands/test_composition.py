@@ -1,7 +1,10 @@
 """Every config with every command that takes it, files of the user's own, and --help."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,3 +251,16 @@ def test_a_broken_file_of_the_users_own_is_named(tmp_path: Path) -> None:
     file.write_text("epochs: 3\n  lr: [1\n")
     with pytest.raises(InputError, match=r"broken\.yaml, line 2"):
         compose("run", [f"training={file}"])
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "fbnas.commands", "search", "--help"],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
