@@ -113,7 +113,7 @@ def ranked_by_shared_weights(
         finalists = [r.architecture for r in found]
     else:
         known = best if candidates_from == "theta" else []
-        finalists = _drawn(candidates, theta, limits, known, seed)
+        finalists = drawn(candidates, theta, limits, known, seed)
     places = max(FINALISTS, 4 * count)
     if len(finalists) > places:
         finalists = [r.architecture for r in screen(finalists)[:places]]
@@ -121,7 +121,7 @@ def ranked_by_shared_weights(
     return [_noted(r) for r in first[:count]]
 
 
-def _drawn(
+def drawn(
     count: int,
     theta: ArchitectureDistribution,
     limits: Sequence[Limit],

@@ -72,6 +72,20 @@ def test_one_search_gives_the_whole_front_and_uses_every_budget(
     assert [t["target_ms"] for t in targets] == pytest.approx([low, high] * 2)
     for target in targets:
         assert 0.9 * target["target_ms"] <= target["predicted_latency_ms"] <= target["target_ms"]
+    judged = read_json(Path("s/front.json"))
+    rows = judged["networks"]
+    chosen = [row for row in rows if row["kind"] == "target"]
+    assert [row["architecture"] for row in chosen] == [t["architecture"] for t in targets]
+    assert [row["target"] for row in chosen] == [0, 1, 2, 3]
+    uniform = [row["architecture"] for row in rows if row["kind"] == "uniform"]
+    assert uniform == [[block] * 3 for block in SPACE["blocks"]]
+    for row in rows:  # a network has one accuracy, wherever it comes from
+        assert row["accuracy"] * judged["images"] == pytest.approx(
+            round(row["accuracy"] * judged["images"]), abs=0.01
+        )
+        if row["kind"] == "random":
+            cost = BASE_MS + sum(BLOCK_MS[block] for block in row["architecture"])
+            assert cost <= targets[row["target"]]["target_ms"] + 1e-9
 
 
 def test_targets_from_a_file_of_the_user(tmp_path: Path) -> None:
