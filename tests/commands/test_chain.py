@@ -279,7 +279,7 @@ def test_count_report_calibrate_doctor(
     (tmp_path / "r" / "report.html").unlink()
     assert main(["report", f"run={tmp_path / 'r'}"]) == 0
     assert (tmp_path / "r" / "report.html").stat().st_size > 10_000
-    judged = read("r/search/front.json")["networks"]
+    judged = read(Path("r/search/front.json"))["networks"]
     assert judged[0]["architecture"] == stand.result["architecture"]
     candidates = [row["architecture"] for row in judged if row["kind"] == "candidate"]
     assert candidates == [row["architecture"] for row in stand.result["candidates"]]
