@@ -11,6 +11,7 @@ from fbnas.report.run import Run
 from fbnas.report.words import DASH, THIN, ms, signed
 
 DIVERGING = [[0, "var(--cool)"], [0.5, "var(--even)"], [1, "var(--warm)"]]
+NARROW = 12  # characters that fit beside the matrix in a line
 FULL_COLOUR = 40.0  # percent slower or faster than the device's own network
 
 
@@ -85,13 +86,13 @@ def measured_matrix(runs: Sequence[Run]) -> Matrix | None:
         j = devices.index(device_name(run))
         value = run.result["latency_ms"]["value"]
         whole = run.result.get("command") == "run"
-        if whole or i not in names:
-            names[i] = run.name
+        if whole:
+            names[i] = f"{names[i]}, {run.name}" if i in names else run.name
         measured.setdefault((i, j), value)
         if whole:
             own[j] = measured[i, j] = value
     cells = {place: Cell(value, own.get(place[1])) for place, value in measured.items()}
-    networks = tuple(names[i] for i in range(len(architectures)))
+    networks = tuple(names.get(i, f"network {i}") for i in range(len(architectures)))
     source = "The folders' files as measured: a file may be pruned or quantized besides."
     matrix = Matrix("measured", networks, tuple(devices), cells, source)
     return matrix if len(devices) > 1 and matrix.tells else None
@@ -172,4 +173,5 @@ def _short(table_name: str) -> str:
 
 
 def _broken(name: str) -> str:
-    return "<br>".join(name.replace("_", " ").split())
+    words = name if len(name) <= NARROW else name.replace("_", " ")
+    return "<br>".join(words.split())

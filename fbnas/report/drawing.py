@@ -16,10 +16,11 @@ PIXELS_PER_EXPANSION, LEAST_HEIGHT = 9, 10
 TALLEST = 64
 
 
-def draw(run: Run, name: str = "layers") -> str:
+def draw(run: Run, name: str = "layers", *, explained: bool = True) -> str:
     """Draw the architecture of a run: kernel is width, expansion is height, skip is a thin line.
 
-    `name` is that of the table below it, which no other on the page has.
+    `name` is that of the table below it, which no other on the page has; where it is `explained`,
+    the shapes have their legend below.
     """
     assert run.space is not None and run.choice is not None
     space, last = run.space, run.space.layers[-1].stage
@@ -38,9 +39,8 @@ def draw(run: Run, name: str = "layers") -> str:
             f'<section class="stage"><h3>{heading}</h3><ol class="layers">{boxes}</ol></section>'
         )
     parts.append(_fixed("head", head, f"{space.final_size}{TIMES}{space.final_size}"))
-    return (
-        f'<div class="architecture">{"".join(parts)}</div>{_legend(run)}{_table(run, space, name)}'
-    )
+    legend = _legend(run) if explained else ""
+    return f'<div class="architecture">{"".join(parts)}</div>{legend}{_table(run, space, name)}'
 
 
 def _fixed(name: str, what: str, size: str) -> str:

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, str, str, int]] = {
 }
 
 
+OWN = "stages of this run"
 FEW = 12  # points that can have their names beside them
 
 
@@ -77,7 +78,7 @@ def judged_front(run: Run) -> list[tuple[Figure, str]]:
         figure = _front(f"front-{len(found)}", spots, KINDS, caption, "predicted (ms)")
         figure.layout["yaxis"]["title"]["text"] = "accuracy by shared weights"
         figure.layout["shapes"] = [_budget(b) for b in budgets if b is not None]
-        found.append((figure, _table(f"front-table-{len(found)}", spots, KINDS)))
+        found.append((figure, _table(f"front-table-{len(found)}", "judged networks", spots, KINDS)))
     return found
 
 
@@ -92,15 +93,12 @@ def measured_front(
     ]
     if len(spots) < 2:
         return None
-    names = dict.fromkeys(spot.group for spot in spots)
-    kinds: dict[str, tuple[str, str, str, int]] = {}
-    for name in names:
-        colour = SERIES[len(kinds) % len(SERIES)]
-        kinds[name] = (name, colour, "circle", 10)
-    kinds |= (
-        {"rejected": ("rejected stages", "var(--muted)", "x", 9)} if "rejected" in names else {}
-    )
-    kinds |= {"baselines": ("baselines", "var(--soft)", "diamond-open", 10)} if baselines else {}
+    names = [run.name for run in runs] if len(runs) > 1 else [OWN]
+    kinds: dict[str, tuple[str, str, str, int]] = {
+        name: (name, SERIES[i % len(SERIES)], "circle", 10) for i, name in enumerate(names)
+    }
+    kinds["rejected"] = ("rejected stages", "var(--muted)", "x", 9)
+    kinds["baselines"] = ("baselines", "var(--soft)", "diamond-open", 10)
     caption = (
         "Test accuracy and measured latency of every file. The line joins those that none beats in "
         "both. Hover, or use the arrow keys, for the blocks."
@@ -113,7 +111,7 @@ def measured_front(
         _name_spots(figure)
     budgets = dict.fromkeys(run.target_ms for run in runs if run.target_ms is not None)
     figure.layout["shapes"] = [_budget(budget) for budget in budgets]
-    return figure, _table("front-measured-table", spots, kinds)
+    return figure, _table("front-measured-table", "measured files", spots, kinds)
 
 
 def _asked(search: Search, row: dict[str, Any]) -> str:
@@ -154,7 +152,7 @@ def _files(run: Run, *, several: bool) -> list[Spot]:
         latency, accuracy = stage.get("latency_ms"), stage.get("accuracy_top1")
         if not latency or accuracy is None:
             continue
-        own = run.name if several else "stages of this run"
+        own = run.name if several else OWN
         group = own if stage["accepted"] else "rejected"
         name = f"{run.name}: {stage['name']}" if several else str(stage["name"])
         spots.append(
@@ -190,7 +188,12 @@ def _front(
 def _trace(
     title: str, spots: Sequence[Spot], colour: str, symbol: str, size: int
 ) -> dict[str, Any]:
-    marker = {"color": colour, "symbol": symbol, "size": size, "line": {"width": 1.5}}
+    marker = {
+        "color": colour,
+        "symbol": symbol,
+        "size": size,
+        "line": {"width": 1.5, "color": colour},
+    }
     hover = "%{x:.4g} ms, %{y:.1%}<br>%{text}<extra></extra>"
     trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": title}
     trace |= {"marker": marker}
@@ -205,7 +208,9 @@ def _budget(budget_ms: float) -> dict[str, Any]:
     return {"type": "line", "layer": "below", "line": line} | place
 
 
-def _table(name: str, spots: Sequence[Spot], kinds: dict[str, tuple[str, str, str, int]]) -> str:
+def _table(
+    name: str, what: str, spots: Sequence[Spot], kinds: dict[str, tuple[str, str, str, int]]
+) -> str:
     best = best_of(spots)
     rows = [
         f"<tr><th scope=row>{escape(spot.name)}</th><td>{escape(kinds[spot.group][0])}</td>"
@@ -216,4 +221,4 @@ def _table(name: str, spots: Sequence[Spot], kinds: dict[str, tuple[str, str, st
     ]
     columns = ("Network", "Kind", "Latency", "Accuracy", "On the front", "Blocks")
     caption = "The networks of the plot, fastest first."
-    return details("The networks as a table", table(name, caption, columns, rows))
+    return details(f"The {what} as a table", table(name, caption, columns, rows))

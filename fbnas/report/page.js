@@ -16,11 +16,17 @@ function painted(value, style) {
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, painted(item, style)]));
 }
 
+// Names beside points have no room on a phone; the table below the figure has them.
+function fitting(data) {
+  if (root.clientWidth >= 600) return data;
+  return data.map((trace) => (trace.mode === "markers+text" ? { ...trace, mode: "markers" } : trace));
+}
+
 function draw(some) {
   const style = getComputedStyle(root);
   for (const figure of some) {
     figure.drawn = true;
-    Plotly.react(figure.place, painted(figure.data, style), painted(figure.layout, style), {
+    Plotly.react(figure.place, painted(fitting(figure.data), style), painted(figure.layout, style), {
       responsive: true,
       displayModeBar: false,
     });

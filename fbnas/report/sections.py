@@ -126,7 +126,7 @@ def _stage_row(stage: dict[str, Any], first: dict[str, Any], *, bar: str, final:
     return (
         f"<tr{' class=final' if final else ''}><th scope=row>{escape(str(stage['name']))}</th>"
         f"{''.join(number(cell) for cell in cells)}"
-        f'<td class={kind}><span aria-hidden="true">{mark}</span> {word}{reason}</td></tr>'
+        f'<td class="{kind} words"><span aria-hidden="true">{mark}</span> {word}{reason}</td></tr>'
     )
 
 

@@ -95,9 +95,10 @@ def _row(run: Run, out: Path) -> str:
         DASH if seconds is None else duration(seconds),
     )
     mark = VERDICT_MARKS.get(judged.kind, "")
-    kind = "no" if judged.kind == "missed" else "yes"
-    words = f'<td class={kind}><span aria-hidden="true">{mark}</span> {judged.words or DASH}</td>'
-    return f"<tr><th scope=row>{name}</th>{''.join(map(number, cells))}{words}</tr>"
+    kind = {"open": "soft", "missed": "no"}.get(judged.kind, "yes")
+    words = f'<span aria-hidden="true">{mark}</span> {judged.words or DASH}'
+    known = "".join(map(number, cells))
+    return f'<tr><th scope=row>{name}</th>{known}<td class="{kind} words">{words}</td></tr>'
 
 
 def _front(runs: Sequence[Run], given: Given) -> Section | None:
@@ -116,7 +117,8 @@ def _stages(runs: Sequence[Run]) -> Section | None:
 def _architectures(runs: Sequence[Run]) -> Section | None:
     drawn = [run for run in runs if run.choice and run.space]
     html = "".join(
-        f"<h3>{escape(run.name)}</h3>{draw(run, f'layers-{i}')}" for i, run in enumerate(drawn)
+        f"<h3>{escape(run.name)}</h3>{draw(run, f'layers-{i}', explained=run is drawn[-1])}"
+        for i, run in enumerate(drawn)
     )
     return Section("architectures", "The architectures", html) if html else None
 

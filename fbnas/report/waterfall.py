@@ -40,6 +40,7 @@ def stage_bars(runs: Sequence[Run]) -> tuple[Figure, ...]:
             trace |= {"hovertemplate": "%{y}: %{text}"}
             if name == "accuracy":
                 trace |= {"type": "scatter", "mode": "markers", "cliponaxis": False}
+                trace["marker"]["size"] = 11
             else:
                 trace |= {"type": "bar", "orientation": "h", "textposition": "auto"}
             data.append(trace)
