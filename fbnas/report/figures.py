@@ -112,6 +112,8 @@ def predicted_against_measured(run: Run) -> Figure | None:
     caption = "On the diagonal the prediction is exact; whiskers are the spread of the measurement."
     if noise is not None:
         caption += f" The band is the noise floor, ±{percent(noise)} between test and retest."
+    if run.result.get("network", "train") != "train":
+        caption += " The final file was compressed: the prediction is of the network before."
     label = (
         f"Predicted against measured latency of {len(networks) + len(candidates)} whole networks"
     )
@@ -137,7 +139,7 @@ def runs_predicted_against_measured(runs: Sequence[Run]) -> Figure | None:
     caption = "On the diagonal the prediction is exact; whiskers are the spread of the measurement."
     if noise is not None:
         caption += f" The band is the largest noise floor of the runs, ±{percent(noise)}."
-    caption += " A final file may be pruned: the prediction is of the network before."
+    caption += " A final file may be compressed: the prediction is of the network before."
     label = f"Predicted against measured latency of {len(runs)} runs"
     return _against(data, noise, label, caption)
 

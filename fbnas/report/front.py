@@ -77,7 +77,7 @@ def judged_front(run: Run) -> list[tuple[Figure, str]]:
         )
         figure = _front(f"front-{len(found)}", spots, KINDS, caption, "predicted (ms)")
         figure.layout["yaxis"]["title"]["text"] = "accuracy by shared weights"
-        figure.layout["shapes"] = [_budget(b) for b in budgets if b is not None]
+        _draw_budgets(figure, spots, [b for b in budgets if b is not None])
         found.append((figure, _table(f"front-table-{len(found)}", "judged networks", spots, KINDS)))
     return found
 
@@ -110,7 +110,7 @@ def measured_front(
     if len(spots) <= FEW:
         _name_spots(figure)
     budgets = dict.fromkeys(run.target_ms for run in runs if run.target_ms is not None)
-    figure.layout["shapes"] = [_budget(budget) for budget in budgets]
+    _draw_budgets(figure, spots, list(budgets))
     return figure, _table("front-measured-table", "measured files", spots, kinds)
 
 
@@ -200,6 +200,14 @@ def _trace(
     trace |= {"x": [s.latency_ms for s in spots], "y": [s.accuracy for s in spots]}
     trace |= {"customdata": [s.name for s in spots], "text": [s.hover for s in spots]}
     return trace | {"hovertemplate": hover, "cliponaxis": False}
+
+
+def _draw_budgets(figure: Figure, spots: Sequence[Spot], budgets: Sequence[float]) -> None:
+    """Draw a line per budget, on an axis that has room for all of them."""
+    figure.layout["shapes"] = [_budget(budget) for budget in budgets]
+    every = [*(spot.latency_ms for spot in spots), *budgets]
+    room = 0.05 * (max(every) - min(every))
+    figure.layout["xaxis"]["range"] = [min(every) - room, max(every) + room]
 
 
 def _budget(budget_ms: float) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _choose(folder: Path, result: dict[str, Any], search: Search | None) -> Choi
     if result.get("architecture"):
         return Choice(
             tuple(result["architecture"]),
-            "",
+            "It is the first target's." if len(result.get("targets") or ()) > 1 else "",
             result.get("predicted_latency_ms"),
         )
     files = sorted((folder / "architectures").rglob("*.yaml"))

@@ -93,9 +93,14 @@ class Run:
         return self.result.get("noise_floor", calibration.get("noise_floor"))
 
     @property
+    def has_several_targets(self) -> bool:
+        """Whether a search served several: its result's own numbers are those of the first."""
+        return len(self.result.get("targets") or ()) > 1
+
+    @property
     def target_ms(self) -> float | None:
         """The budget that was asked for, or None where there was none, or several."""
-        asked = self.result.get("target_ms")
+        asked = None if self.has_several_targets else self.result.get("target_ms")
         return float(asked) if isinstance(asked, (int, float)) else None
 
     def block_ms(self, layer: int, block: str) -> float | None:

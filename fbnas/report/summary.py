@@ -57,9 +57,10 @@ def sentence(run: Run) -> str:
 def key_figures(run: Run) -> list[tuple[str, str, str]]:
     """Return (name, value, note) of the few numbers that matter most."""
     result, latency = run.result, run.result.get("latency_ms")
+    predicted = None if run.has_several_targets else result.get("predicted_latency_ms")
     candidates = (
         ("asked", run.target_ms, ms, "at most"),
-        ("predicted", result.get("predicted_latency_ms"), ms, "by the search"),
+        ("predicted", predicted, ms, "by the search"),
         ("measured", latency and latency["value"], ms, _spread(latency)),
         ("accuracy", result.get("accuracy_top1"), percent, "top-1"),
         ("size", result.get("model_bytes"), lambda v: scaled(v, "B"), "the model file"),

@@ -7,7 +7,7 @@ import pytest
 from parsed_page import ParsedPage
 
 from fbnas.errors import InputError
-from fbnas.files import read_json
+from fbnas.files import read_json, write_json
 from fbnas.report import write_report
 from fbnas.report.front import Spot, best_of
 
@@ -42,6 +42,12 @@ def test_targets_of_one_table_share_a_front(tmp_path: Path) -> None:
     assert page.trace("front-0", "chosen")["y"] == pytest.approx([0.9, 0.91, 0.92])
     assert [s["x0"] for s in page.figures["front-0"]["layout"]["shapes"]] == [0.2, 0.3, 0.4]
     assert "front-1" not in page.figures
+    both = [{"architecture": made.CHOSEN}] * 3
+    result = {"targets": both, "target_ms": 0.2, "architecture": made.CHOSEN, "seconds": 9.0}
+    write_json(tmp_path / "result.json", result)
+    page = ParsedPage(write_report(tmp_path))
+    assert "It is the first target's." in page.text_of["architecture"]
+    assert "<dt>asked" not in page.source and "<dt>time" in page.source
 
 
 def test_measured_files_beside_given_baselines(run_folder: Path, tmp_path: Path) -> None:
@@ -58,6 +64,8 @@ def test_measured_files_beside_given_baselines(run_folder: Path, tmp_path: Path)
     assert page.trace("front-measured", "rejected")["x"] == [0.33]
     front = page.trace("front-measured", "front")
     assert front["x"] == [0.2, 0.243, 0.41]
+    low, high = page.figures["front-measured"]["layout"]["xaxis"]["range"]
+    assert low < 0.2 and high > 0.41
 
 
 @pytest.mark.parametrize(
