@@ -76,7 +76,7 @@ def training_curves(part: str, rows: Rows) -> list[Figure]:
 
 
 def validation_curves(runs: Sequence[Run]) -> tuple[Figure, ...]:
-    """Validation accuracy and loss of several runs' trainings by epoch."""
+    """Validation accuracy and loss by epoch of those of the runs that were trained."""
     figures = []
     for key, title in (("accuracy", "accuracy"), ("loss", "cross-entropy")):
         data = [
@@ -87,8 +87,9 @@ def validation_curves(runs: Sequence[Run]) -> tuple[Figure, ...]:
                 SERIES[i % len(SERIES)],
             )
             for i, run in enumerate(runs)
+            if "train" in run.training
         ]
-        longest = max((run.training["train"] for run in runs), key=len)
+        longest = max((run.training.get("train", []) for run in runs), key=len)
         caption = f"{title.capitalize()} on validation images, as the networks were trained."
         figures.append(Figure(f"train-{key}", caption, caption, data, _by_epoch(longest, title)))
     return tuple(figures)

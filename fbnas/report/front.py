@@ -1,6 +1,5 @@
 """Fronts of accuracy against latency: measured files, and networks judged by shared weights."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -24,6 +23,7 @@ KINDS: dict[str, tuple[str, str, str, int]] = {
 
 OWN = "stages of this run"
 FEW = 12  # points that can have their names beside them
+LETTER, LINE = 0.009, 0.05  # of a name: its part of the plot's width and height
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,24 @@ def best_of(spots: Iterable[Spot]) -> list[Spot]:
 
 
 def _name_spots(figure: Figure) -> None:
-    """Write the names beside the points, above and below by turns, so that few collide."""
-    turns = itertools.cycle(("top center", "bottom center"))
+    """Write names beside the points, above and below by turns, where they collide with none."""
     points = [trace for trace in figure.data if trace["mode"] == "markers"]
-    everywhere = sorted((x, i, k) for i, t in enumerate(points) for k, x in enumerate(t["x"]))
-    places = {(i, k): next(turns) for _, i, k in everywhere}
-    for i, trace in enumerate(points):
-        trace["mode"] = "markers+text"
-        trace["textposition"] = [places[i, k] for k in range(len(trace["x"]))]
-        trace["texttemplate"] = "%{customdata}"
+    every = sorted((x, i, k) for i, t in enumerate(points) for k, x in enumerate(t["x"]))
+    heights = [y for trace in points for y in trace["y"]]
+    across = every[-1][0] - every[0][0] or 1.0
+    up = max(heights) - min(heights) or 1.0
+    named: list[tuple[float, float, float]] = []  # place, and half the length of the name
+    for trace in points:
+        trace |= {"mode": "markers+text", "texttemplate": ["" for _ in trace["x"]]}
+        trace["textposition"] = ["top center" for _ in trace["x"]]
+    for turn, (at, i, k) in enumerate(every):
+        trace, above = points[i], turn % 2 == 0
+        x, half = at / across, LETTER * len(trace["customdata"][k]) / 2
+        y = trace["y"][k] / up + (LINE if above else -LINE)
+        if all(abs(x - a) > half + h or abs(y - b) > LINE for a, b, h in named):
+            named.append((x, y, half))
+            trace["texttemplate"][k] = "%{customdata}"
+            trace["textposition"][k] = f"{'top' if above else 'bottom'} center"
 
 
 def _files(run: Run, *, several: bool) -> list[Spot]:

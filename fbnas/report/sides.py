@@ -36,13 +36,15 @@ def comparison(runs: Sequence[Run]) -> str:
     timed = [run for run in runs if run.result.get("latency_ms")]
     sure = [run for run in runs if run.result.get("accuracy_top1") is not None]
     parts = []
-    if timed:
-        best = min(timed, key=lambda run: run.result["latency_ms"]["value"])
-        parts.append(f"{best.name} is the fastest with {ms(best.result['latency_ms']['value'])}")
-    if sure:
-        best = max(sure, key=lambda run: run.result["accuracy_top1"])
+    fastest = min(timed, key=lambda run: run.result["latency_ms"]["value"]) if timed else None
+    best = max(sure, key=lambda run: run.result["accuracy_top1"]) if sure else None
+    if fastest:
+        latency = ms(fastest.result["latency_ms"]["value"])
+        parts.append(f"{fastest.name} is the fastest with {latency}")
+    if best:
+        who = "it" if best is fastest else best.name
         accuracy = percent(best.result["accuracy_top1"])
-        parts.append(f"{best.name} is the most accurate with {accuracy} top-1")
+        parts.append(f"{who} is the most accurate with {accuracy} top-1")
     met = [run for run in timed if verdict(run).kind in ("met", "close")]
     judged = [run for run in timed if verdict(run).kind != "open"]
     if judged:
@@ -86,7 +88,7 @@ def _row(run: Run, out: Path) -> str:
     spread = f"<small>{ms(latency['low'])} to {ms(latency['high'])}</small>" if latency else ""
     cells = (
         ms(run.target_ms),
-        ms(result.get("predicted_latency_ms")),
+        ms(None if run.has_several_targets else result.get("predicted_latency_ms")),
         f"{ms(latency['value'] if latency else None)}{spread}",
         percent(result.get("accuracy_top1")),
         scaled(result.get("model_bytes"), "B"),
@@ -110,7 +112,7 @@ def _front(runs: Sequence[Run], given: Given) -> Section | None:
 
 
 def _stages(runs: Sequence[Run]) -> Section | None:
-    plots = stage_bars([run for run in runs if run.result.get("stages")])
+    plots = stage_bars(runs)
     return Section("stages", "From network to file", "", (), plots) if plots else None
 
 
@@ -129,10 +131,9 @@ def _latency(runs: Sequence[Run]) -> Section | None:
 
 
 def _training(runs: Sequence[Run]) -> Section | None:
-    trained = [run for run in runs if "train" in run.training]
-    if not trained:
+    if not any("train" in run.training for run in runs):
         return None
-    return Section("training", "Training", "", (), validation_curves(trained))
+    return Section("training", "Training", "", (), validation_curves(runs))
 
 
 def _tables(runs: Sequence[Run]) -> Section | None:

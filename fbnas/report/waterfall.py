@@ -26,13 +26,19 @@ def waterfalls(stages: Stages) -> tuple[Figure, ...]:
 
 
 def stage_bars(runs: Sequence[Run]) -> tuple[Figure, ...]:
-    """Return the stages of several runs beside one another: latency, bytes and accuracy."""
+    """Return the stages of several runs beside one another: latency, bytes and accuracy.
+
+    A run has the colour of its place among `runs`; those without stages are left out.
+    """
     figures = []
     for name, title, value, write in _KINDS:
         data = []
         for i, run in enumerate(runs):
-            known = [s for s in run.result["stages"] if value(s) is not None]
-            y = [str(s["name"]) + ("" if s["accepted"] else " (rejected)") for s in known]
+            known = [s for s in run.result.get("stages") or () if value(s) is not None]
+            if not known:
+                continue
+            y = [str(s["name"]) for s in known]
+            kept = [s["accepted"] for s in known]
             x = [value(s) for s in known]
             text = [write(v) for v in x if v is not None]
             trace: dict[str, Any] = {"name": run.name, "x": x, "y": y, "text": text}
@@ -40,9 +46,12 @@ def stage_bars(runs: Sequence[Run]) -> tuple[Figure, ...]:
             trace |= {"hovertemplate": "%{y}: %{text}"}
             if name == "accuracy":
                 trace |= {"type": "scatter", "mode": "markers", "cliponaxis": False}
-                trace["marker"]["size"] = 11
+                trace["marker"] |= {"size": 11, "symbol": ["circle" if k else "x" for k in kept]}
             else:
-                trace |= {"type": "bar", "orientation": "h", "textposition": "auto"}
+                trace |= {"type": "bar", "orientation": "h", "textposition": "outside"}
+                shapes = ["" if k else "/" for k in kept]
+                trace["marker"]["pattern"] = {"shape": shapes, "solidity": 0.4}
+                trace["cliponaxis"] = False
             data.append(trace)
         rows = {y for trace in data for y in trace["y"]}
         if not rows:
@@ -51,9 +60,11 @@ def stage_bars(runs: Sequence[Run]) -> tuple[Figure, ...]:
         layout = base_layout(title, "", height=height) | {"showlegend": True}
         layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
         layout["xaxis"]["nticks"] = 5
+        layout["margin"]["r"] = 60
         if name == "accuracy":
             layout["xaxis"]["tickformat"] = ".1%"
-        caption = f"{title[0].upper()}{title[1:]} by stage, of every run."
+        mark = "crossed" if name == "accuracy" else "hatched"
+        caption = f"{title[0].upper()}{title[1:]} by stage, of every run; {mark}: rejected."
         figures.append(Figure(f"stages-{name}", caption, caption, data, layout))
     return tuple(figures)
 

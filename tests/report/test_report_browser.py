@@ -42,7 +42,7 @@ addEventListener("load", () => {
     slider.dispatchEvent(new Event("input"));
     seen.theta = document.getElementById("theta-0").data[0].z[0];
   }
-  document.body.insertAdjacentHTML("beforeend", "<pre id=seen></pre>");
+  document.body.innerHTML = "<pre id=seen></pre>"; // the whole page need not be written out
   document.getElementById("seen").textContent = JSON.stringify(seen);
 });
 </script></head>"""
@@ -55,12 +55,13 @@ def looked_at(html: str, folder: Path, *options: str) -> dict[str, Any]:
     found = subprocess.run(
         [
             *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu"),
+            *("--no-first-run", "--disable-extensions", "--disable-background-networking"),
             *("--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *options),
             *("--virtual-time-budget=5000", "--dump-dom", (folder / "probed.html").as_uri()),
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=True,
     )
     noted = re.search(r'<pre id="seen">(.*?)</pre>', found.stdout, flags=re.DOTALL)

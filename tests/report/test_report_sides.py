@@ -53,7 +53,8 @@ def test_a_row_per_run_and_a_link_to_its_page(both: ParsedPage) -> None:
 
 def test_figures_hold_both(both: ParsedPage) -> None:
     assert both.trace("front-measured", "slow")["x"] == [0.41, 0.243]
-    assert both.trace("stages-latency", "fast")["y"] == ["fp32", "pruned (rejected)", "int8"]
+    assert both.trace("stages-latency", "fast")["y"] == ["fp32", "pruned", "int8"]
+    assert both.trace("stages-latency", "fast")["marker"]["pattern"]["shape"] == ["", "/", ""]
     assert both.trace("predicted-measured", "fast, final")["y"] == [0.2]
     assert len(both.trace("train-accuracy", "slow")["x"]) == 8
     assert {"layers-0", "layers-1"} <= set(both.tables)
