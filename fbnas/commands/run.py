@@ -24,6 +24,7 @@ from fbnas.commands.candidates import CHOICES, ranked_by_shared_weights
 from fbnas.commands.compress import check_compression
 from fbnas.commands.evaluate import is_missed
 from fbnas.commands.folder import OutFolder
+from fbnas.commands.front import FRONT, Chosen, write_front
 from fbnas.commands.parts import (
     card_for,
     check_fraction,
@@ -102,6 +103,7 @@ def main(config: dict[str, Any]) -> int:
     learned = searched(chain, target)
     headline("3/5 candidates, measured as whole networks")
     chosen, candidates = chosen_architecture(chain, learned, target)
+    judged_front(chain, chosen, learned, candidates)
     headline(f"4/5 training {chosen}")
     trained_network(chain, chosen)
     headline("5/5 compression, export and measurement of every stage")
@@ -289,6 +291,25 @@ def _measure_candidates(
             }
         )
     return rows, measurement.noise_floor
+
+
+def judged_front(
+    chain: Chain, chosen: Architecture, learned: Learned, candidates: list[dict[str, Any]]
+) -> None:
+    """Write what the shared weights say of the candidates and of baselines, unless it is there."""
+    folder = chain.folder / "search"
+    if (folder / FRONT).is_file():
+        return
+    write_front(
+        folder,
+        chain.space,
+        [Chosen(chosen, learned.limits, learned.distribution)],
+        chain.data,
+        candidates=[Architecture(tuple(x["architecture"]), chain.space.name) for x in candidates],
+        weights_fraction=chain.config["search"]["weights_fraction"],
+        seed=chain.seed,
+        device=choose_device(chain.config["search"]["device"]),
+    )
 
 
 def trained_network(chain: Chain, chosen: Architecture) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from fbnas.commands.budgets import budgets_of, budgets_text, check_objective, predicted_text
 from fbnas.commands.folder import OutFolder
+from fbnas.commands.front import Chosen, write_front
 from fbnas.commands.parts import data_for, space_of
 from fbnas.commands.processes import check_fabric, fabric_of, is_first
 from fbnas.commands.targets import build_targets, say_doubts, targets_asked
@@ -15,7 +16,8 @@ from fbnas.search import (
     build_objective,
     search,
 )
-from fbnas.space import SearchSpace
+from fbnas.space import Architecture, SearchSpace
+from fbnas.training.settings import choose_device
 
 
 def main(config: dict[str, Any]) -> int:
@@ -49,20 +51,39 @@ def main(config: dict[str, Any]) -> int:
         _chosen(space, target, theta, data.classes)
         for target, theta in zip(targets, result.distributions, strict=True)
     ]
+    write_front(
+        out.folder,
+        space,
+        [
+            Chosen(best, target.limits(space, data.classes), theta)
+            for best, target, theta in zip(chosen, targets, result.distributions, strict=True)
+        ],
+        data,
+        weights_fraction=settings.weights_fraction,
+        seed=config["seed"],
+        device=choose_device(settings.device),
+    )
     print(f"{out.folder}: next, fbnas sample run={out.folder} count=5")
     out.finish(
         space=space.name,
-        architecture=chosen[0]["architecture"],
-        predicted_latency_ms=chosen[0]["predicted_latency_ms"],
+        architecture=list(chosen[0].blocks),
+        predicted_latency_ms=chosen[0].provenance["predicted_latency_ms"],
         target_ms=targets[0].budget_ms,
-        targets=chosen,
+        targets=[
+            {
+                "architecture": list(best.blocks),
+                **budgets_of(target.limits(space, data.classes)),
+                **best.provenance,
+            }
+            for best, target in zip(chosen, targets, strict=True)
+        ],
     )
     return 0
 
 
 def _chosen(
     space: SearchSpace, target: Target, theta: ArchitectureDistribution, classes: int
-) -> dict[str, Any]:
+) -> Architecture:
     """Print and return the most probable architecture within a target's budgets."""
     limits = target.limits(space, classes)
     best = best_within(theta, limits, count=1)[0]
@@ -70,4 +91,4 @@ def _chosen(
         f"{target.name}: {best} predicted {predicted_text(best.provenance, limits)} "
         f"(budgets {budgets_text(limits)})"
     )
-    return {"architecture": list(best.blocks), **budgets_of(limits), **best.provenance}
+    return best

@@ -36,6 +36,7 @@ LISTS = {  # options that take one value or a list of them
     "compress": ("method", "compression.fine_tuning.teacher"),
     "run": ("teacher", "compression.fine_tuning.teacher"),
     "export": ("format", "precision"),
+    "report": ("run",),
 }
 LEAST = {
     "classes": 1,

@@ -1,5 +1,5 @@
-"""The report: reads the files of a run and writes one page that shows it; imports no torch."""
+"""The report: reads the files of runs and writes a page that shows them; imports no torch."""
 
-from fbnas.report.page import write_report
+from fbnas.report.page import build_comparison, write_report
 
-__all__ = ["write_report"]
+__all__ = ["build_comparison", "write_report"]

@@ -1,9 +1,10 @@
 """What changes by epoch: the search's and the training's curves."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fbnas.report.figures import SERIES, Figure, base_layout
-from fbnas.report.reading import Rows, Search
+from fbnas.report.run import Rows, Run, Search
 from fbnas.report.words import ms, percent
 
 Trace = dict[str, Any]
@@ -72,6 +73,26 @@ def training_curves(part: str, rows: Rows) -> list[Figure]:
         layout = _by_epoch(rows, title)
         figures.append(Figure(f"{part}-{key}", caption, caption, data, layout))
     return figures
+
+
+def validation_curves(runs: Sequence[Run]) -> tuple[Figure, ...]:
+    """Validation accuracy and loss by epoch of those of the runs that were trained."""
+    figures = []
+    for key, title in (("accuracy", "accuracy"), ("loss", "cross-entropy")):
+        data = [
+            _line(
+                run.name,
+                _epochs(run.training["train"]),
+                [row[f"validation_{key}"] for row in run.training["train"]],
+                SERIES[i % len(SERIES)],
+            )
+            for i, run in enumerate(runs)
+            if "train" in run.training
+        ]
+        longest = max((run.training.get("train", []) for run in runs), key=len)
+        caption = f"{title.capitalize()} on validation images, as the networks were trained."
+        figures.append(Figure(f"train-{key}", caption, caption, data, _by_epoch(longest, title)))
+    return tuple(figures)
 
 
 def _search_figure(search: Search, name: str, title: str, data: list[Trace]) -> Figure:

@@ -4,7 +4,7 @@ import re
 from html import escape
 
 from fbnas.report.markup import details, number, table
-from fbnas.report.reading import Run
+from fbnas.report.run import Run
 from fbnas.report.shapes import Layer, Space
 from fbnas.report.words import DASH, THIN, TIMES, digits, ms
 
@@ -16,8 +16,12 @@ PIXELS_PER_EXPANSION, LEAST_HEIGHT = 9, 10
 TALLEST = 64
 
 
-def draw(run: Run) -> str:
-    """Draw the architecture of a run: kernel is width, expansion is height, skip is a thin line."""
+def draw(run: Run, name: str = "layers", *, explained: bool = True) -> str:
+    """Draw the architecture of a run: kernel is width, expansion is height, skip is a thin line.
+
+    `name` is that of the table below it, which no other on the page has; where it is `explained`,
+    the shapes have their legend below.
+    """
     assert run.space is not None and run.choice is not None
     space, last = run.space, run.space.layers[-1].stage
     channels = space.input_channels * (4 if space.wavelet else 1)
@@ -30,12 +34,13 @@ def draw(run: Run) -> str:
         layers = [layer for layer in space.layers if layer.stage == stage]
         side, channels = layers[0].shape[3] // layers[0].shape[2], layers[-1].shape[1]
         boxes = "".join(_layer(run, layer) for layer in layers)
-        name = f'Stage {stage} <span class="soft">{channels} ch, {side}{TIMES}{side}</span>'
+        heading = f'Stage {stage} <span class="soft">{channels} ch, {side}{TIMES}{side}</span>'
         parts.append(
-            f'<section class="stage"><h3>{name}</h3><ol class="layers">{boxes}</ol></section>'
+            f'<section class="stage"><h3>{heading}</h3><ol class="layers">{boxes}</ol></section>'
         )
     parts.append(_fixed("head", head, f"{space.final_size}{TIMES}{space.final_size}"))
-    return f'<div class="architecture">{"".join(parts)}</div>{_legend(run)}{_table(run, space)}'
+    legend = _legend(run) if explained else ""
+    return f'<div class="architecture">{"".join(parts)}</div>{legend}{_table(run, space, name)}'
 
 
 def _fixed(name: str, what: str, size: str) -> str:
@@ -94,7 +99,7 @@ def _legend(run: Run) -> str:
     )
 
 
-def _table(run: Run, space: Space) -> str:
+def _table(run: Run, space: Space, name: str) -> str:
     assert run.choice is not None
     rows = [
         f"<tr><td>{layer.index}</td><td>{layer.stage}</td><th scope=row>{escape(block)}</th>"
@@ -103,4 +108,4 @@ def _table(run: Run, space: Space) -> str:
     ]
     columns = ("Layer", "Stage", "Block", "Shape of its input", "Latency")
     caption = "The chosen block of every layer and what it costs."
-    return details("The layers as a table", table("layers", caption, columns, rows))
+    return details("The layers as a table", table(name, caption, columns, rows))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fbnas.report.reading import Matrix, Rows, Run, Search
+from fbnas.report.run import Matrix, Rows, Run, Search
 from fbnas.report.shapes import Shape, describe
 from fbnas.report.tables import PSEUDO_BLOCKS, Table
 from fbnas.report.words import THIN, digits, ms, percent
@@ -34,8 +34,7 @@ class Figure:
 
 def theta(search: Search, target: int, chosen: Sequence[str] = ()) -> Figure:
     """softmax(theta) of one target, blocks by layers, a frame an epoch; dots mark `chosen`."""
-    most = min(MAX_FRAMES, MAX_FRAMES_IN_ALL // len(search.epochs[-1]["targets"]))
-    kept = _thinned(len(search.epochs), max(most, 2))
+    kept = kept_epochs(search)
     frames = tuple(_transposed(search.probabilities(i, target)) for i in kept)
     layers = list(range(len(frames[-1][0])))
     heatmap = {
@@ -66,6 +65,12 @@ def theta(search: Search, target: int, chosen: Sequence[str] = ()) -> Figure:
     label = f"Heatmap of softmax(theta), layers by blocks, for the target of {ms(budget)}"
     steps = tuple(str(search.epochs[i]["epoch"]) for i in kept)
     return Figure(f"theta-{target}", label, caption, data, layout, frames, steps)
+
+
+def kept_epochs(search: Search) -> list[int]:
+    """Return the positions of the epochs whose theta the page shows, first and last among them."""
+    most = min(MAX_FRAMES, MAX_FRAMES_IN_ALL // len(search.epochs[-1]["targets"]))
+    return _thinned(len(search.epochs), max(most, 2))
 
 
 def predicted_against_measured(run: Run) -> Figure | None:
@@ -103,19 +108,40 @@ def predicted_against_measured(run: Run) -> Figure | None:
                 size=15,
             )
         )
-    every = [v for trace in data for v in (*trace["x"], *trace["y"])]
-    low, high = 0.95 * min(every), 1.05 * max(every)
-    layout = base_layout("predicted (ms)", "measured (ms)", height=560)
-    layout["xaxis"]["range"] = layout["yaxis"]["range"] = [low, high]
     noise = run.noise_floor
-    data = [*_diagonal(low, high, noise), *data]
     caption = "On the diagonal the prediction is exact; whiskers are the spread of the measurement."
     if noise is not None:
         caption += f" The band is the noise floor, ±{percent(noise)} between test and retest."
+    if run.result.get("network", "train") != "train":
+        caption += " The final file was compressed: the prediction is of the network before."
     label = (
         f"Predicted against measured latency of {len(networks) + len(candidates)} whole networks"
     )
-    return Figure("predicted-measured", label, caption, data, layout)
+    return _against(data, noise, label, caption)
+
+
+def runs_predicted_against_measured(runs: Sequence[Run]) -> Figure | None:
+    """The candidates and final files of several runs, a colour each."""
+    data: list[dict[str, Any]] = []
+    for i, run in enumerate(runs):
+        colour = SERIES[i % len(SERIES)]
+        candidates = run.result.get("candidates") or []
+        if candidates:
+            data.append(_candidates(candidates, colour, f"{run.name}, candidates"))
+        predicted, latency = run.result.get("predicted_latency_ms"), run.result.get("latency_ms")
+        if predicted is not None and latency:
+            name = f"{run.name}, final file"
+            x, y = [predicted], [latency["value"]]
+            data.append(_points(name, x, y, colour=colour, symbol="star", size=15))
+    if not data:
+        return None
+    noise = max((run.noise_floor for run in runs if run.noise_floor is not None), default=None)
+    caption = "On the diagonal the prediction is exact; whiskers are the spread of the measurement."
+    if noise is not None:
+        caption += f" The band is the largest noise floor of the runs, ±{percent(noise)}."
+    caption += " A final file may be compressed: the prediction is of the network before."
+    label = f"Predicted against measured latency of {len(runs)} runs"
+    return _against(data, noise, label, caption)
 
 
 def table_heatmap(table: Table, number: int) -> Figure:
@@ -162,15 +188,27 @@ def _latency_cells(
     return [trace | _heat("ms") | more], layout
 
 
-def _candidates(candidates: Rows) -> dict[str, Any]:
+def _against(data: list[dict[str, Any]], noise: float | None, label: str, caption: str) -> Figure:
+    """Lay the points on equal axes, over the diagonal and the band of noise."""
+    every = [v for trace in data for v in (*trace["x"], *trace["y"])]
+    low, high = 0.95 * min(every), 1.05 * max(every)
+    layout = base_layout("predicted (ms)", "measured (ms)", height=560)
+    layout["xaxis"]["range"] = layout["yaxis"]["range"] = [low, high]
+    data = [*_diagonal(low, high, noise), *data]
+    return Figure("predicted-measured", label, caption, data, layout)
+
+
+def _candidates(
+    candidates: Rows, colour: str = SERIES[1], name: str = "candidates"
+) -> dict[str, Any]:
     x = [c["predicted_latency_ms"] for c in candidates]
     y = [c["latency_ms"]["value"] for c in candidates]
-    trace = _points("candidates", x, y, colour=SERIES[1], symbol="square")
+    trace = _points(name, x, y, colour=colour, symbol="square")
     above = [c["latency_ms"]["high"] - c["latency_ms"]["value"] for c in candidates]
     below = [c["latency_ms"]["value"] - c["latency_ms"]["low"] for c in candidates]
     bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-    trace["error_y"] = bars | {"thickness": 1, "width": 3, "color": SERIES[1]}
-    trace["text"] = [_wrapped(c["architecture"]) for c in candidates]
+    trace["error_y"] = bars | {"thickness": 1, "width": 3, "color": colour}
+    trace["text"] = [wrapped(c["architecture"]) for c in candidates]
     trace["hovertemplate"] = "predicted %{x:.4g} ms, measured %{y:.4g} ms<br>%{text}<extra></extra>"
     return trace
 
@@ -249,5 +287,6 @@ def _hover(row: Any) -> str:
     return f"{ms(row.latency_ms)} ({spread}, {row.samples}{THIN}samples)"
 
 
-def _wrapped(blocks: Sequence[str], width: int = 6) -> str:
+def wrapped(blocks: Sequence[str], width: int = 6) -> str:
+    """Return block names in lines of `width`, as a hover shows them."""
     return "<br>".join(" ".join(blocks[i : i + width]) for i in range(0, len(blocks), width))

@@ -1,114 +1,21 @@
 """Reads what a command left in a folder: a run, a search, a training, or only a result."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fbnas.errors import InputError
 from fbnas.files import read_json, read_jsonl, read_yaml
+from fbnas.report.run import Choice, Rows, Run, Search, Target
 from fbnas.report.shapes import Space, read_space
 from fbnas.report.tables import Table, read_table
-
-Rows = list[dict[str, Any]]
-Matrix = list[list[float | None]]  # (layers, blocks); None where a layer does not offer a block
 
 SEARCH_KEYS = ("epoch", "phase", "weights_loss", "weights_accuracy", "targets")
 TARGET_KEYS = ("budget_ms", "expected_latency_ms", "entropy", "skips", "logits")
 TRAINING_KEYS = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
 STAGE_KEYS = ("name", "accepted")
 CANDIDATE_KEYS = ("architecture", "predicted_latency_ms", "latency_ms")
+FRONT_KEYS = ("kind", "name", "architecture", "accuracy")
 NETWORK_KEYS = ("predicted_ms", "corrected_ms", "measured_ms", "held_out")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A device's table and a budget, as theta.json names them."""
-
-    table: str
-    budget_ms: float | None
-    base_ms: float
-    latency_ms: Matrix
-
-
-@dataclass(frozen=True)
-class Search:
-    """One search: a row per epoch, and its targets where theta.json is there already."""
-
-    epochs: Rows
-    blocks: tuple[str, ...]
-    targets: tuple[Target, ...]
-
-    def probabilities(self, epoch: int, target: int) -> Matrix:
-        """Return softmax(theta), (layers, blocks), at a position of `epochs`."""
-        return [softmax(row) for row in self.epochs[epoch]["targets"][target]["logits"]]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The architecture the page draws and how it was come by."""
-
-    blocks: tuple[str, ...]
-    origin: str
-    predicted_ms: float | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that the page knows of a folder; what a folder does not hold is empty or None."""
-
-    folder: Path
-    result: dict[str, Any]
-    config: str
-    space: Space | None
-    search: Search | None
-    training: dict[str, Rows]  # "train", then every stage that was fine-tuned: a row per epoch
-    tables: tuple[Table, ...]
-    choice: Choice | None = field(default=None)
-
-    @property
-    def noise_floor(self) -> float | None:
-        """Relative difference of test against retest, where it was measured."""
-        calibration = self.result.get("calibration") or {}
-        return self.result.get("noise_floor", calibration.get("noise_floor"))
-
-    @property
-    def target_ms(self) -> float | None:
-        """The budget that was asked for, or None where there was none, or several."""
-        asked = self.result.get("target_ms")
-        return float(asked) if isinstance(asked, (int, float)) else None
-
-    def block_ms(self, layer: int, block: str) -> float | None:
-        """Return the latency that the search reckoned with for a block of a layer, in ms."""
-        assert self.space is not None
-        if self.search and self.search.targets and block in self.search.blocks:
-            target = self.search.targets[self.target_index]
-            return target.latency_ms[layer][self.search.blocks.index(block)]
-        for table in self.tables:
-            row = table.find(block, self.space.layers[layer].shape)
-            if row is not None:
-                return row.latency_ms * float(table.header.get("correction_scale", 1))
-        return None
-
-    @property
-    def target_index(self) -> int:
-        """Which of the search's targets the run's own target_ms is."""
-        assert self.search is not None
-        budgets = [math.inf if t.budget_ms is None else t.budget_ms for t in self.search.targets]
-        if self.target_ms is None or not budgets:
-            return 0
-        asked = self.target_ms
-        return min(range(len(budgets)), key=lambda i: abs(budgets[i] - asked))
-
-
-def softmax(logits: Iterable[float | None]) -> list[float | None]:
-    """Return the probabilities of a row of logits; None stays None."""
-    row = list(logits)
-    top = max(x for x in row if x is not None)
-    powers = [None if x is None else math.exp(x - top) for x in row]
-    total = sum(p for p in powers if p is not None)
-    return [None if p is None else p / total for p in powers]
 
 
 def read_run(folder: Path) -> Run:
@@ -138,12 +45,13 @@ def read_run(folder: Path) -> Run:
     run = Run(
         folder=folder,
         result=result,
-        config=config.read_text() if config.is_file() else "",
+        config=read_yaml(config) if config.is_file() else {},
         space=space,
         search=search,
         training=training,
         tables=_read_tables(folder, search),
         choice=_choose(folder, result, search),
+        front=_read_front(search_folder / "front.json") if search_folder else None,
     )
     _check_choice(run)
     return run
@@ -195,6 +103,17 @@ def _read_search(folder: Path, space: Space | None) -> Search:
     return Search(metrics, tuple(theta["blocks"]), tuple(targets))
 
 
+def _read_front(path: Path) -> dict[str, Any] | None:
+    """Read the networks that a search judged at its end; older searches judged none."""
+    if not path.is_file():
+        return None
+    front = read_json(path)
+    _require(front, ("images", "networks"), str(path))
+    for number, network in enumerate(front["networks"]):
+        _require(network, FRONT_KEYS, f"{path}, networks[{number}]")
+    return dict(front)
+
+
 def _read_training(folder: Path, result: dict[str, Any]) -> dict[str, Rows]:
     training = {}
     networks = (stage.get("network") for stage in result.get("stages") or ())
@@ -228,7 +147,7 @@ def _choose(folder: Path, result: dict[str, Any], search: Search | None) -> Choi
     if result.get("architecture"):
         return Choice(
             tuple(result["architecture"]),
-            "",
+            "It is the first target's." if len(result.get("targets") or ()) > 1 else "",
             result.get("predicted_latency_ms"),
         )
     files = sorted((folder / "architectures").rglob("*.yaml"))

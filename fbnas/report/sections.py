@@ -1,15 +1,25 @@
 """The parts of the page in their order; a part that the folder knows nothing of is left out."""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import yaml
+
 from fbnas.report import curves, figures
+from fbnas.report.blocks import block_comparisons
+from fbnas.report.devices import Matrix, matrix_figure, matrix_table, predicted_matrix
 from fbnas.report.drawing import draw
 from fbnas.report.figures import Figure
+from fbnas.report.front import judged_front, measured_front
+from fbnas.report.given import Given
+from fbnas.report.history import history
 from fbnas.report.markup import details, facts, note, number, table
-from fbnas.report.reading import Run
+from fbnas.report.run import Run
 from fbnas.report.summary import verdict
+from fbnas.report.waterfall import waterfalls
 from fbnas.report.words import DASH, THIN, TIMES, digits, ms, percent, scaled, signed
 
 VERDICT_MARKS = {"met": "✓", "close": "✓", "missed": "✗"}
@@ -17,23 +27,26 @@ VERDICT_MARKS = {"met": "✓", "close": "✓", "missed": "✗"}
 
 @dataclass(frozen=True)
 class Section:
-    """A headed part of the page: its HTML, its figures as wide as the page, then those in pairs."""
+    """A headed part of the page: HTML, wide figures, figures in pairs, more HTML."""
 
     name: str
     title: str
     html: str
     figures: tuple[Figure, ...] = ()
     pairs: tuple[Figure, ...] = ()
+    below: str = ""
 
 
-def sections(run: Run) -> list[Section]:
-    """Return the parts for which the folder holds something."""
+def sections(run: Run, given: Given) -> list[Section]:
+    """Return the parts for which the folder, or what was given, holds something."""
     parts = (
         _stages(run),
+        _front(run, given),
         _architecture(run),
         _theta(run),
         _search(run),
         _latency(run),
+        devices_section([predicted_matrix(run), given.cross_device]),
         _training(run),
         _table(run),
         _environment(run),
@@ -67,7 +80,27 @@ def _stages(run: Run) -> Section | None:
         "Every stage of the chain, measured on the device. The bar is the latency, its strong end "
         "the spread, the tick the target."
     )
-    return Section("stages", "From network to file", table("stage-table", caption, columns, rows))
+    html = table("stage-table", caption, columns, rows)
+    return Section("stages", "From network to file", html, (), waterfalls(stages))
+
+
+def _front(run: Run, given: Given) -> Section | None:
+    measured = measured_front([run], given.baselines)
+    found = [*([measured] if measured else []), *judged_front(run)]
+    if not found:
+        return None
+    plots, tables = zip(*found, strict=True)
+    return Section("front", "Accuracy against latency", "", plots, (), "".join(tables))
+
+
+def devices_section(matrices: Sequence[Matrix | None]) -> Section | None:
+    """Return the cross-device matrices that are known."""
+    known = [matrix for matrix in matrices if matrix is not None]
+    if not known:
+        return None
+    plots = tuple(matrix_figure(matrix, i) for i, matrix in enumerate(known))
+    tables = "".join(matrix_table(matrix, i) for i, matrix in enumerate(known))
+    return Section("devices", "One device's network on another", "", plots, (), tables)
 
 
 def _stage_row(stage: dict[str, Any], first: dict[str, Any], *, bar: str, final: bool) -> str:
@@ -93,7 +126,7 @@ def _stage_row(stage: dict[str, Any], first: dict[str, Any], *, bar: str, final:
     return (
         f"<tr{' class=final' if final else ''}><th scope=row>{escape(str(stage['name']))}</th>"
         f"{''.join(number(cell) for cell in cells)}"
-        f'<td class={kind}><span aria-hidden="true">{mark}</span> {word}{reason}</td></tr>'
+        f'<td class="{kind} words"><span aria-hidden="true">{mark}</span> {word}{reason}</td></tr>'
     )
 
 
@@ -117,11 +150,21 @@ def _architecture(run: Run) -> Section | None:
 def _theta(run: Run) -> Section | None:
     if run.search is None:
         return None
-    plots = []
-    for i in range(len(run.search.epochs[-1]["targets"])):
+    targets = run.search.epochs[-1]["targets"]
+    kept = figures.kept_epochs(run.search)
+    plots, histories = [], []
+    for i, target in enumerate(targets):
         chosen = run.choice.blocks if run.choice and i == run.target_index else ()
         plots.append(figures.theta(run.search, i, chosen))
-    return Section("theta", "Theta over time", _slider(plots[0].steps), tuple(plots))
+        shown = history(run.search, i, kept, run.space)
+        histories.append(
+            f"<h3>Layer by layer</h3>{shown}"
+            if i == run.target_index
+            else details(f"Layer by layer for the target of {ms(target['budget_ms'])}", shown)
+        )
+    return Section(
+        "theta", "Theta over time", _slider(plots[0].steps), tuple(plots), (), "".join(histories)
+    )
 
 
 def _slider(steps: tuple[str, ...]) -> str:
@@ -215,7 +258,8 @@ def _table(run: Run) -> Section | None:
         details(f"Header of {t.path.name}", facts(f"header-{i}", t.path.name, t.header))
         for i, t in enumerate(run.tables)
     )
-    return Section("table", "The latency table", headers, plots)
+    title = "The latency tables" if len(plots) > 1 else "The latency table"
+    return Section("table", title, headers, plots, block_comparisons(run.tables))
 
 
 def _environment(run: Run) -> Section | None:
@@ -226,14 +270,21 @@ def _environment(run: Run) -> Section | None:
         for key, value in (own | (result.get("device") or {})).items()
         if value not in (None, "", {}, [])
     }
-    config = f'<pre tabindex="0">{escape(run.config)}</pre>' if run.config else ""
-    line = escape(_command(run))
-    command = f'<p>To reproduce:</p><pre tabindex="0"><code>{line}</code></pre>' if line else ""
-    html = command + facts("environment-table", "What it ran on.", known)
+    options = yaml.safe_dump(run.config, sort_keys=False, width=100, allow_unicode=True)
+    config = f'<pre tabindex="0">{escape(options)}</pre>' if run.config else ""
+    html = commands([run]) + facts("environment-table", "What it ran on.", known)
     html += details("config.yaml, every option", config)
     return Section("environment", "Environment", html) if html else None
 
 
-def _command(run: Run) -> str:
-    """Return the command line of the run, empty where it was not recorded."""
-    return str(run.result.get("command_line") or "")
+def commands(runs: Sequence[Run]) -> str:
+    """Return the command lines to get the runs and this page again, as far as recorded."""
+    lines = [run.command_line for run in runs if run.command_line]
+    if not lines:
+        return ""
+    folders = [str(run.folder) for run in runs]
+    asked = folders[0] if len(folders) == 1 else f"[{','.join(folders)}]"
+    again = shlex.join(["fbnas", "report", f"run={asked}"])
+    again += " out=FOLDER" if len(folders) > 1 else ""
+    text = escape("\n".join([*lines, again]))
+    return f'<p>To reproduce:</p><pre tabindex="0"><code>{text}</code></pre>'

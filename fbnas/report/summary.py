@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fbnas.report.reading import Run
+from fbnas.report.run import Run
 from fbnas.report.words import digits, duration, ms, percent, scaled
 
 LEAST_TOLERANCE = 0.05  # the contract of exit code 3: 5 % or twice the noise floor, the greater
@@ -57,9 +57,10 @@ def sentence(run: Run) -> str:
 def key_figures(run: Run) -> list[tuple[str, str, str]]:
     """Return (name, value, note) of the few numbers that matter most."""
     result, latency = run.result, run.result.get("latency_ms")
+    predicted = None if run.has_several_targets else result.get("predicted_latency_ms")
     candidates = (
         ("asked", run.target_ms, ms, "at most"),
-        ("predicted", result.get("predicted_latency_ms"), ms, "by the search"),
+        ("predicted", predicted, ms, "by the search"),
         ("measured", latency and latency["value"], ms, _spread(latency)),
         ("accuracy", result.get("accuracy_top1"), percent, "top-1"),
         ("size", result.get("model_bytes"), lambda v: scaled(v, "B"), "the model file"),
@@ -81,7 +82,7 @@ def _measured(run: Run) -> str:
         parts.append(f"the search predicted {ms(predicted)}")
     spread = f"{digits(latency['low'])} to {digits(latency['high'])}"
     parts.append(f"the final file takes {ms(latency['value'])} ({spread}) on {_device(run)}")
-    return _joined(parts)
+    return joined(parts)
 
 
 def _searched(run: Run) -> str:
@@ -92,7 +93,7 @@ def _searched(run: Run) -> str:
         for target in last["targets"]
     ]
     space = f"space {run.space.name}" if run.space else "the space"
-    return f"searched {space} for {last['epoch'] + 1} epochs; theta expects {_joined(ends)}"
+    return f"searched {space} for {last['epoch'] + 1} epochs; theta expects {joined(ends)}"
 
 
 def _trained(run: Run) -> str:
@@ -126,5 +127,6 @@ def _command(run: Run) -> str:
     return f"fbnas {words[0]}" if words else "a search" if run.search else "a training"
 
 
-def _joined(parts: list[str]) -> str:
+def joined(parts: list[str]) -> str:
+    """Join parts of a sentence: a, b and c."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

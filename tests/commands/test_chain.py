@@ -281,6 +281,12 @@ def test_count_report_calibrate_doctor(
     (tmp_path / "r" / "report.html").unlink()
     assert main(["report", f"run={tmp_path / 'r'}"]) == 0
     assert (tmp_path / "r" / "report.html").stat().st_size > 10_000
+    judged = read(Path("r/search/front.json"))["networks"]
+    assert judged[0]["architecture"] == stand.result["architecture"]
+    candidates = [row["architecture"] for row in judged if row["kind"] == "candidate"]
+    assert candidates == [row["architecture"] for row in stand.result["candidates"]]
+    assert main(["report", f"run=[{tmp_path / 'r'},r]", f"out={tmp_path / 'both'}"]) == 0
+    assert "2 runs" in (tmp_path / "both" / "report.html").read_text()
     table = tmp_path / "r" / "table.csv"
     arguments = ["space=tiny.yaml", f"table={table}", "classes=10", "networks=4", "held_out=2"]
     assert main(["calibrate", *arguments, f"out={tmp_path / 'c'}"]) == 0

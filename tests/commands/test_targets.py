@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_run import FASTEST_MS, SLOWEST_MS, write_space, write_table
+from tiny_run import FASTEST_MS, SLOWEST_MS, SPACE, write_space, write_table
 
 from fbnas.commands import main
 from fbnas.commands.targets import targets_asked
@@ -72,6 +72,21 @@ def test_one_search_gives_the_whole_front_and_uses_every_budget(
     assert [t["target_ms"] for t in targets] == pytest.approx([low, high] * 2)
     for target in targets:
         assert 0.9 * target["target_ms"] <= target["predicted_latency_ms"] <= target["target_ms"]
+    judged = read_json(Path("s/front.json"))
+    rows = judged["networks"]
+    chosen = [row for row in rows if row["kind"] == "target"]
+    assert [row["architecture"] for row in chosen] == [t["architecture"] for t in targets]
+    assert [row["target"] for row in chosen] == [0, 1, 2, 3]
+    uniform = [row["architecture"] for row in rows if row["kind"] == "uniform"]
+    assert uniform == [[block] * 3 for block in SPACE["blocks"]]
+    drawn = [row for row in rows if row["kind"] == "random"]
+    assert {row["target"] for row in drawn} == {0, 1, 2, 3}
+    costs = read_json(Path("s/theta.json"))["targets"]
+    for row in drawn:
+        layers = zip(costs[row["target"]]["latency_ms"], row["architecture"], strict=True)
+        spent = sum(layer[SPACE["blocks"].index(block)] for layer, block in layers)
+        assert costs[row["target"]]["base_ms"] + spent <= targets[row["target"]]["target_ms"]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
 
 
 def test_targets_from_a_file_of_the_user(tmp_path: Path) -> None:

@@ -116,7 +116,24 @@ def write_search(
     write_json(folder / "theta.json", {"space": "quickstart", "blocks": BLOCKS, "targets": targets})
 
 
-def write_table(path: Path) -> None:
+def write_front(folder: Path, targets: int = 1) -> None:
+    """Networks of the search as its shared weights judge them: the chosen ones, and baselines."""
+    draw = random.Random(1)
+    rows: list[dict[str, Any]] = []
+    for target in range(targets):
+        chosen = {"kind": "target", "name": "chosen", "target": target}
+        rows.append(chosen | {"architecture": CHOSEN, "accuracy": 0.9 + 0.01 * target})
+        for _ in range(4):
+            blocks = [draw.choice([b for b in BLOCKS if offered(k, b)]) for k in range(len(SHAPES))]
+            other = {"kind": "random", "name": "random", "target": target}
+            rows.append(other | {"architecture": blocks, "accuracy": draw.uniform(0.7, 0.9)})
+    for block in BLOCKS[:-1]:
+        uniform = {"kind": "uniform", "name": f"all {block}", "architecture": [block] * 7}
+        rows.append(uniform | {"accuracy": 0.6 + 0.04 * BLOCKS.index(block)})
+    write_json(folder / "front.json", {"images": 512, "networks": rows})
+
+
+def write_table(path: Path, **header: str) -> None:
     columns = "block,in_channels,out_channels,stride,height,width,latency_ms,low_ms,high_ms,samples"
     rows = ["stem,1,16,1,16,16,0.011,0.010,0.012,30", "head,64,256,1,4,4,0.021,0.02,0.022,30"]
     rows.append("classifier,256,10,1,4,4,0.006,0.005,0.007,30")
@@ -135,6 +152,7 @@ def write_table(path: Path) -> None:
         "noise_floor": 0.015,
         "date": "2026-11-21",
         "rows": len(rows),
+        **header,
     }
     lines = [f"# {key}: {value}" for key, value in header.items()]
     atomic_write(path, "\n".join([*lines, columns, *rows]) + "\n")
@@ -245,6 +263,7 @@ def result() -> dict[str, Any]:
 
 def write_run(folder: Path) -> Path:
     write_search(folder / "search", table=str(folder / "table.csv"))
+    write_front(folder / "search")
     write_table(folder / "table.csv")
     write_training(folder / "train")
     write_yaml(folder / "config.yaml", {"seed": 3, "target_ms": BUDGET_MS, "note": "</script><b>"})

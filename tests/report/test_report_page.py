@@ -35,19 +35,20 @@ def test_page_is_usable_without_eyes_and_mouse(page: ParsedPage) -> None:
     plots = [a for _, a in page.tags if a.get("class") == "plot"]
     assert {a["id"] for a in plots} == set(page.figures)
     assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in plots)
+    assert all(a["tabindex"] == "0" for a in plots)
     captions = [tag for tag, _ in page.tags if tag == "caption"]
     assert len(captions) == len(page.tables) >= 5
     links = [a["href"][1:] for tag, a in page.tags if tag == "a" and a["href"].startswith("#")]
     assert set(links) <= set(page.ids())
     assert [a["id"] for tag, a in page.tags if tag == "input" and a["type"] == "range"] == ["epoch"]
     assert [a["for"] for tag, a in page.tags if tag == "label"] == ["epoch"]
-    layers = [a for tag, a in page.tags if tag == "li"]
+    layers = [a for tag, a in page.tags if tag == "li" and a.get("class") == "layer"]
     assert len(layers) == 7 + 2 and all(a["tabindex"] == "0" for a in layers)
 
 
 def test_sections_come_in_order(page: ParsedPage) -> None:
     assert page.sections() == [
-        *("stages", "architecture", "theta", "search", "latency"),
+        *("stages", "front", "architecture", "theta", "search", "latency"),
         *("training", "table", "environment"),
     ]
 
@@ -55,7 +56,7 @@ def test_sections_come_in_order(page: ParsedPage) -> None:
 def test_plotly_knows_every_attribute(page: ParsedPage) -> None:
     from plotly.graph_objects import Figure
 
-    assert len(page.figures) == 10
+    assert len(page.figures) == 17
     for figure in page.figures.values():
         Figure(data=figure["data"], layout=figure["layout"])  # raises on an unknown attribute
 

@@ -68,7 +68,7 @@ def test_an_unfinished_run(run_folder: Path) -> None:
         file.write('{"epoch": 12, "pha')  # killed while it wrote
     page = ParsedPage(write_report(run_folder))
     assert page.sections() == [
-        *("architecture", "theta", "search", "training", "table", "environment")
+        *("front", "architecture", "theta", "search", "training", "table", "environment")
     ]
     assert len(page.figures["theta-0"]["frames"]) == made.EPOCHS
 
