@@ -232,7 +232,10 @@ class Loop:
         average_gradients_(self.supernet.parameters(), self.fabric)
         if self.settings.clip_norm is not None:
             self.fabric.clip_gradients(
-                self.supernet, self.weights_optimiser, max_norm=self.settings.clip_norm
+                self.supernet,
+                self.weights_optimiser,
+                max_norm=self.settings.clip_norm,
+                error_if_nonfinite=False,  # the loss shows it; to ask here waits for the GPU
             )
         self.weights_optimiser.step()
 

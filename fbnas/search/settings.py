@@ -47,7 +47,7 @@ class SearchSettings:
     tau_final: float | None = 1.0
     weights_fraction: float = 0.8
     accumulate: int = 1
-    clip_norm: float | None = None
+    clip_norm: float | None = 1.0
     schedule: dict[str, Any] = field(default_factory=dict)
     augment: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
