@@ -99,7 +99,7 @@ def main(config: dict[str, Any]) -> int:
         calibration=[] if data is None else calibration_images(data, seed=config["seed"]),
     )
     found = [job.made(each, precision) for each, precision in wanted]
-    _write_examples(found, out)
+    _write_examples(found, card, out.folder)
     found = [job.judged(each) for each in found]
     if config["measure"]:
         found = timed(found, config)
@@ -314,14 +314,14 @@ def timed(found: Sequence[Made], config: dict[str, Any]) -> list[Made]:
     return done
 
 
-def _write_examples(found: Sequence[Made], out: OutFolder) -> None:
+def _write_examples(found: Sequence[Made], card: NetworkCard, folder: Path) -> None:
     for each in FORMATS.values():
         of_format = [x for x in found if x.format is each and x.report is not None]
         models = [x.report.path.name for x in of_format if x.report is not None]
         if models:
             int8 = any(x.precision == "int8" for x in of_format)
-            path = write_example(out.folder, each.name, models, int8=int8)
-            print(f"{path}: classifies an image, python {path} IMAGE")
+            path = write_example(folder, each.name, models, card, int8=int8)
+            print(f"{path}: classifies an image: cd {folder}; python {path.name} IMAGE")
 
 
 def _result(
