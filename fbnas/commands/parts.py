@@ -55,11 +55,15 @@ def check_parts(config: Config) -> None:
 
 
 def space_for(config: Config, architecture: Architecture) -> SearchSpace:
-    """Build the space of `space=`, or the one that the architecture names.
+    """Build the space of `space=`, or the one that the architecture names, at its resolution.
 
     Raises:
         InputError: neither is given, or it is not to be found.
     """
+    return _named_space(config, architecture).at(architecture.resolution)
+
+
+def _named_space(config: Config, architecture: Architecture) -> SearchSpace:
     if config.get("space"):
         return space_of(config)
     for folder in Path(config["architecture"]).absolute().parents[:3]:

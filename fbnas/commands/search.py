@@ -26,7 +26,8 @@ def main(config: dict[str, Any]) -> int:
     asked = targets_asked(config)
     for target in asked:
         check_objective(objective, target.budgets)
-    data = data_for(config, space)
+    spaces = [space.at(target.resolution) for target in asked]
+    data = data_for(config, max(spaces, key=lambda x: x.resolution))  # scaled down for the others
     targets = build_targets(asked, space, data.classes)
     check_fabric(config)
     out = OutFolder(config)
@@ -76,8 +77,15 @@ def _chosen(
         limits=others,
         least_used=LEAST_USED,
     )[0]
+    at = "" if target.resolution is None else f" at {target.resolution} pixels"
     print(
-        f"{target.name}: {best} predicted {predicted_text(best.provenance, limits)} "
+        f"{target.name}{at}: {best} predicted {predicted_text(best.provenance, limits)} "
         f"(budgets {budgets_text(limits)})"
     )
-    return {"architecture": list(best.blocks), **budgets_of(limits), **best.provenance}
+    resolution = {} if target.resolution is None else {"resolution": target.resolution}
+    return {
+        "architecture": list(best.blocks),
+        **resolution,
+        **budgets_of(limits),
+        **best.provenance,
+    }

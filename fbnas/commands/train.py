@@ -76,6 +76,7 @@ def start(
         return build_network(space, architecture, classes)
     folder = search_folder(supernet)
     searched, _, searched_classes = read_result(folder)
+    searched = searched.at(space.resolution)  # shared weights are the same at all
     if searched.to_dict() != space.to_dict() or searched_classes != classes:
         raise InputError(
             f"{folder} was searched in space {searched.name} with {searched_classes} classes; this "

@@ -11,6 +11,7 @@ NUMBERS = (
     "target_mj",
     "target_mb",
     "max_params",
+    "resolution",
     "rounds",
     "seconds",
     "compression.low_rank.speedup",
@@ -21,7 +22,7 @@ NUMBERS = (
     "data.workers",
     "compression.quantization.max_accuracy_drop",
 )  # null by default
-WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit", "data.workers")
+WHOLE = ("rounds", "resolution", "data.resolution", "data.channels", "data.limit", "data.workers")
 LISTS = {  # options that take one value or a list of them
     "search": (
         "table",
@@ -30,6 +31,7 @@ LISTS = {  # options that take one value or a list of them
         "target_mb",
         "max_params",
         "target_fraction",
+        "resolution",
         "targets",
     ),
     "train": ("teacher",),
