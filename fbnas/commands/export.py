@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
+from fbnas.commands.heads import export_joined
 from fbnas.commands.parts import check_class_names, data_for, network_folder
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
@@ -83,7 +84,9 @@ class Made:
 def main(config: dict[str, Any]) -> int:
     wanted = files_of(config)
     check_options(config)
-    source = network_folder(config["model"])
+    if config["heads"]:
+        return export_joined(config)
+    source = network_folder(_model(config))
     network, card = load_any(source)
     data = _data(config, card, wanted)
     out = OutFolder(config)
@@ -114,6 +117,14 @@ def main(config: dict[str, Any]) -> int:
     if missing and ALL not in _listed(config["format"]):
         raise InputError(f"{missing[0].format.name}, {missing[0].precision}: {missing[0].left_out}")
     return 0
+
+
+def _model(config: dict[str, Any]) -> str:
+    if config["model"] is None:
+        raise InputError(
+            "fbnas export needs model=...; the folder of a trained or pruned network, or of a run."
+        )
+    return str(config["model"])
 
 
 def files_of(config: dict[str, Any]) -> list[tuple[Format, str]]:

@@ -39,6 +39,7 @@ LISTS = {  # options that take one value or a list of them
     "run": ("teacher", "compression.fine_tuning.teacher"),
     "export": ("format", "precision"),
 }
+MAPPINGS = {"export": ("heads",)}  # options that are null or name several things
 LEAST = {
     "classes": 1,
     "candidates": 1,
@@ -90,6 +91,10 @@ def check_values(
             holder = holder.get(parent) if isinstance(holder, Mapping) else None
         value = holder.get(name) if isinstance(holder, Mapping) else None
         if value is None or (key in LISTS.get(command, ()) and isinstance(value, list)):
+            continue
+        if key in MAPPINGS.get(command, ()):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{key}={value!r}; expected a mapping, as in {{a: runs/a}}.")
             continue
         expected = _expected(key, value, example)
         if expected:
