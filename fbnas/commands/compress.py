@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.int8 import as_fields, quantized
+from fbnas.commands.int8 import quantized
 from fbnas.commands.parts import (
     check_class_names,
     data_for,
@@ -73,7 +73,7 @@ def main(config: dict[str, Any]) -> int:
     accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
     print_steps(report)
     print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
-    packed = _packed_file(config, out.folder, network, report)
+    packed = packed_file(config, out.folder, network, report)
     rounded, quantized = _rounded(report), dict[str, Any]()
     if rounded is not None:
         quantized = {
@@ -204,6 +204,22 @@ def compress_and_save(
     return report
 
 
+def packed_file(
+    config: dict[str, Any], folder: Path, network: nn.Module, report: CompressionReport
+) -> dict[str, Any]:
+    """Write the network's packed weights where they pay; return what result.json says of them."""
+    dense, stored = report.after.dense_bytes, report.after.stored_bytes
+    if stored >= PAYS_BELOW * dense:
+        return {}
+    path = folder / PACKED_FILE
+    written = write_packed(network, path, coder_of(config))
+    print(
+        f"{path}: {written:,} bytes, {report.before.dense_bytes / written:.1f} times smaller than "
+        f"{report.before.dense_bytes:,} bytes before; network.yaml and it are all the network needs"
+    )
+    return {"packed_bytes": written, "dense_bytes": dense, "packed": path.name}
+
+
 def _rounded(report: CompressionReport) -> Rounded | None:
     """Return what quantization-aware training found, where nothing came after it."""
     found = [change for change in report.changes if isinstance(change, Rounded)]
@@ -272,22 +288,6 @@ def print_steps(report: CompressionReport) -> None:
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
-def _packed_file(
-    config: dict[str, Any], folder: Path, network: nn.Module, report: CompressionReport
-) -> dict[str, Any]:
-    """Write the network's packed weights where they pay; return what result.json says of them."""
-    dense, stored = report.after.dense_bytes, report.after.stored_bytes
-    if stored >= PAYS_BELOW * dense:
-        return {}
-    path = folder / PACKED_FILE
-    written = write_packed(network, path, coder_of(config))
-    print(
-        f"{path}: {written:,} bytes, {report.before.dense_bytes / written:.1f} times smaller than "
-        f"{report.before.dense_bytes:,} bytes before; network.yaml and it are all the network needs"
-    )
-    return {"packed_bytes": written, "dense_bytes": dense, "packed": path.name}
-
-
 def _int8_file(
     config: dict[str, Any], folder: Path, network: nn.Module, card: NetworkCard, data: Data
 ) -> dict[str, Any]:
@@ -338,14 +338,14 @@ def _int8(
     else:
         method = quantization_of(config)
         device = device_of(config) if config["measure"] and method.pays else None
-        report = quantized(source, target, data, method, measured_on=device, seed=config["seed"])
-        if not report.pays:
+        layers = quantized(source, target, data, method, measured_on=device, seed=config["seed"])
+        if not layers["pays"]:
             target.write_bytes(source.read_bytes())
             print(
                 "int8 does not pay on this device: model.onnx is the float file "
                 "(compression.quantization.pays=false writes int8 all the same)"
             )
-        found = {"int8": as_fields(report)}
+        found = {"int8": layers}
     size = target.stat().st_size
     print(f"{target}: {source.stat().st_size:,} -> {size:,} bytes")
     return {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
+from fbnas.commands.heads import export_joined
 from fbnas.commands.parts import check_class_names, data_for, network_folder
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
@@ -83,7 +84,9 @@ class Made:
 def main(config: dict[str, Any]) -> int:
     wanted = files_of(config)
     check_options(config)
-    source = network_folder(config["model"])
+    if config["heads"]:
+        return export_joined(config)
+    source = network_folder(_model(config))
     network, card = load_any(source)
     data = _data(config, card, wanted)
     out = OutFolder(config)
@@ -99,7 +102,7 @@ def main(config: dict[str, Any]) -> int:
         calibration=[] if data is None else calibration_images(data, seed=config["seed"]),
     )
     found = [job.made(each, precision) for each, precision in wanted]
-    _write_examples(found, out)
+    _write_examples(found, card, out.folder)
     found = [job.judged(each) for each in found]
     if config["measure"]:
         found = timed(found, config)
@@ -114,6 +117,14 @@ def main(config: dict[str, Any]) -> int:
     if missing and ALL not in _listed(config["format"]):
         raise InputError(f"{missing[0].format.name}, {missing[0].precision}: {missing[0].left_out}")
     return 0
+
+
+def _model(config: dict[str, Any]) -> str:
+    if config["model"] is None:
+        raise InputError(
+            "fbnas export needs model=...; the folder of a trained or pruned network, or of a run."
+        )
+    return str(config["model"])
 
 
 def files_of(config: dict[str, Any]) -> list[tuple[Format, str]]:
@@ -314,14 +325,14 @@ def timed(found: Sequence[Made], config: dict[str, Any]) -> list[Made]:
     return done
 
 
-def _write_examples(found: Sequence[Made], out: OutFolder) -> None:
+def _write_examples(found: Sequence[Made], card: NetworkCard, folder: Path) -> None:
     for each in FORMATS.values():
         of_format = [x for x in found if x.format is each and x.report is not None]
         models = [x.report.path.name for x in of_format if x.report is not None]
         if models:
             int8 = any(x.precision == "int8" for x in of_format)
-            path = write_example(out.folder, each.name, models, int8=int8)
-            print(f"{path}: classifies an image, python {path} IMAGE")
+            path = write_example(folder, each.name, models, card, int8=int8)
+            print(f"{path}: classifies an image: cd {folder}; python {path.name} IMAGE")
 
 
 def _result(

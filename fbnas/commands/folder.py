@@ -12,7 +12,7 @@ from fbnas.errors import InputError
 from fbnas.files import is_part, read_yaml, remove_parts, write_json, write_yaml
 
 MAY_DIFFER = ("out", "overwrite", "resume", "command_line")  # between a run and its resumption
-INPUTS = ("table", "model", "architecture", "supernet", "run")
+INPUTS = ("table", "model", "backbone", "architecture", "supernet", "run")
 WRITTEN = {"profile": "table", "calibrate": "table"}  # those that a command writes
 
 
@@ -130,6 +130,7 @@ def _check_inputs(config: Mapping[str, Any], path: Path) -> None:
     """Refuse to delete what the command is about to read."""
     data = config.get("data") or {}
     given = [config.get(key) for key in INPUTS] + [data.get("path")]
+    given += (config.get("heads") or {}).values()
     for name in (x for value in given for x in (value if isinstance(value, list) else [value])):
         if name and path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
             raise InputError(

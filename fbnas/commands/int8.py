@@ -11,14 +11,16 @@ from typing import Any
 from fbnas.compression import QuantizationReport, StaticQuantization, quantize_file
 from fbnas.compression.sensitivity import Sensitivity
 from fbnas.export import scores_of_file
-from fbnas.files import atomic_write
+from fbnas.files import atomic_write, read_json, write_json
 from fbnas.latency.devices import Measurement
+from fbnas.latency.model_files import digest
 from fbnas.latency.profiling import AnyDevice
 from fbnas.report.bars import Bar, write_bars
 from fbnas.training.data import Data
 
 TABLE = "sensitivity.csv"
 PLOT = "sensitivity.html"
+RECORD = "int8.layers.json"  # beside the int8 file
 
 
 def quantized(
@@ -30,8 +32,11 @@ def quantized(
     measured_on: AnyDevice | None,
     scored_on: AnyDevice | None = None,
     seed: int,
-) -> QuantizationReport:
+) -> dict[str, Any]:
     """Write the int8 form of an ONNX file, its sensitivities beside it, and print what was found.
+
+    That is kept in int8.layers.json, so that an interrupted command that goes on neither judges nor
+    measures the same layers again.
 
     Args:
         data: with the mean and std that the file wants.
@@ -43,6 +48,12 @@ def quantized(
         assert measured_on is not None
         return measured_on.measure_quietly(files, "Timing int8 and float layers", seed=seed)
 
+    record = target.with_name(RECORD)
+    if target.is_file() and record.is_file():
+        before = read_json(record)
+        if before.pop("source") == digest(source):
+            return dict(before)
+    record.unlink(missing_ok=True)
     can_measure = (
         measured_on is not None
         and measured_on.kind != "roofline"  # planned: there is nothing to measure
@@ -61,7 +72,9 @@ def quantized(
         write_sensitivities(target.parent, report)
     for line in told(report):
         print(line)
-    return report
+    found = as_fields(report)
+    write_json(record, {"source": digest(source), **found})
+    return found
 
 
 def told(report: QuantizationReport) -> list[str]:
@@ -87,6 +100,7 @@ def told(report: QuantizationReport) -> list[str]:
 def as_fields(report: QuantizationReport) -> dict[str, Any]:
     """Return the report as in result.json; names of layers are those of the nodes in the file."""
     return {
+        "pays": report.pays,
         "layers": len(report.layers),
         "float_for_accuracy": list(report.accurate_layers),
         "float_for_speed": list(report.quick_layers),

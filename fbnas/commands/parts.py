@@ -46,7 +46,7 @@ def check_parts(config: Config) -> None:
         build_objective(**config["objective"])
     if config.get("architecture"):
         find("architecture", config["architecture"])
-    for key in ("table", "model", "supernet", "run"):
+    for key in ("table", "model", "backbone", "supernet", "run"):
         given = config.get(key)
         for name in given if isinstance(given, list) else [given]:
             written = WRITTEN.get(config["command"]) == key
@@ -55,11 +55,15 @@ def check_parts(config: Config) -> None:
 
 
 def space_for(config: Config, architecture: Architecture) -> SearchSpace:
-    """Build the space of `space=`, or the one that the architecture names.
+    """Build the space of `space=`, or the one that the architecture names, at its resolution.
 
     Raises:
         InputError: neither is given, or it is not to be found.
     """
+    return _named_space(config, architecture).at(architecture.resolution)
+
+
+def _named_space(config: Config, architecture: Architecture) -> SearchSpace:
     if config.get("space"):
         return space_of(config)
     for folder in Path(config["architecture"]).absolute().parents[:3]:
@@ -114,8 +118,11 @@ def card_for(space: SearchSpace, architecture: Architecture, data: Data) -> Netw
     return NetworkCard(space, architecture, data.class_names, data.mean, data.std)
 
 
-def network_folder(model: str | Path) -> Path:
+def network_folder(model: str | Path, option: str = "model") -> Path:
     """Return the folder that holds a network's files, given it, a file in it, or a run.
+
+    Args:
+        option: by which it was given, for the error.
 
     Raises:
         InputError: there is no network.
@@ -130,7 +137,7 @@ def network_folder(model: str | Path) -> Path:
         if chosen and (path / chosen / "network.yaml").is_file():
             return path / chosen
     raise InputError(
-        f"model={model}: no network there; expected the folder of fbnas train, compress or run "
+        f"{option}={model}: no network there; expected the folder of fbnas train, compress or run "
         "(network.yaml, and weights.safetensors or weights.packed)."
     )
 

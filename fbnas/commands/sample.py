@@ -1,5 +1,6 @@
 """fbnas sample: architectures from a finished search."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def main(config: dict[str, Any]) -> int:
             f"target={config['target']}; the search has {len(learned)}, counted from 0."
         )
     target = learned[config["target"]]
+    space = target.distribution.space
     check_budgets(config)
     latency, *_ = limits = with_budgets(target.limits, config)
     if latency.bounded:
@@ -70,7 +72,8 @@ def main(config: dict[str, Any]) -> int:
     named = {f"{i:02d}": architecture for i, architecture in enumerate(best, start=1)}
     named["most_probable"] = theta.most_probable()
     named |= {f"random_{i:02d}": theta.sample(generator) for i in range(1, config["random"] + 1)}
-    for name, architecture in named.items():
+    for name, found in named.items():
+        architecture = replace(found, resolution=target.resolution)
         predict_(space, architecture, limits)
         file = folder / "architectures" / f"{name}.yaml"
         architecture.save(file)

@@ -27,7 +27,8 @@ def main(config: dict[str, Any]) -> int:
     asked = targets_asked(config)
     for target in asked:
         check_objective(objective, target.budgets)
-    data = data_for(config, space)
+    spaces = [space.at(target.resolution) for target in asked]
+    data = data_for(config, max(spaces, key=lambda x: x.resolution))  # scaled down for the others
     targets = build_targets(asked, space, data.classes)
     check_fabric(config)
     out = OutFolder(config)
@@ -51,18 +52,19 @@ def main(config: dict[str, Any]) -> int:
         _chosen(space, target, theta, data.classes)
         for target, theta in zip(targets, result.distributions, strict=True)
     ]
-    write_front(
-        out.folder,
-        space,
-        [
-            Chosen(best, target.limits(space, data.classes), theta)
-            for best, target, theta in zip(chosen, targets, result.distributions, strict=True)
-        ],
-        data,
-        weights_fraction=settings.weights_fraction,
-        seed=config["seed"],
-        device=choose_device(settings.device),
-    )
+    if len({each.resolution for each in spaces}) == 1:  # else what they see is not comparable
+        write_front(
+            out.folder,
+            spaces[0],
+            [
+                Chosen(best, target.limits(space, data.classes), theta)
+                for best, target, theta in zip(chosen, targets, result.distributions, strict=True)
+            ],
+            data,
+            weights_fraction=settings.weights_fraction,
+            seed=config["seed"],
+            device=choose_device(settings.device),
+        )
     print(f"{out.folder}: next, fbnas sample run={out.folder} count=5")
     out.finish(
         space=space.name,
@@ -72,6 +74,7 @@ def main(config: dict[str, Any]) -> int:
         targets=[
             {
                 "architecture": list(best.blocks),
+                **({} if target.resolution is None else {"resolution": target.resolution}),
                 **budgets_of(target.limits(space, data.classes)),
                 **best.provenance,
             }
@@ -87,8 +90,9 @@ def _chosen(
     """Print and return the most probable architecture within a target's budgets."""
     limits = target.limits(space, classes)
     best = best_within(theta, limits, count=1)[0]
+    at = "" if target.resolution is None else f" at {target.resolution} pixels"
     print(
-        f"{target.name}: {best} predicted {predicted_text(best.provenance, limits)} "
+        f"{target.name}{at}: {best} predicted {predicted_text(best.provenance, limits)} "
         f"(budgets {budgets_text(limits)})"
     )
     return best

@@ -18,11 +18,13 @@ from fbnas.commands.compress import (
     compress_and_save,
     form_of,
     method_names,
+    packed_file,
     quantization_of,
 )
-from fbnas.commands.int8 import as_fields, quantized
+from fbnas.commands.int8 import quantized
 from fbnas.commands.teachers import Sources
 from fbnas.compression import calibration_images
+from fbnas.compression.packing import PACKED_FILE
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
 from fbnas.files import read_json, write_json
@@ -54,6 +56,7 @@ class Stage:
 
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """Return the stage as in result.json."""
+        packed = folder / self.network / PACKED_FILE
         return {
             "name": self.name,
             "file": str(self.path.relative_to(folder)),
@@ -66,6 +69,7 @@ class Stage:
             "macs": self.macs,
             "accepted": self.accepted,
             "reason": self.reason,
+            **({"packed_bytes": packed.stat().st_size} if packed.is_file() else {}),
         }
 
 
@@ -103,7 +107,7 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage:
         network, card = load_network(run.folder / best.network)
         method, folder = build_method(name, run.config), run.folder / stage
         timing = DeviceMeasure(run.device, card.input_shape, folder, run.config["seed"])
-        compress_and_save(
+        report = compress_and_save(
             network,
             card,
             run.data,
@@ -114,6 +118,7 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage:
             measure=timing if method.MEASURES else None,
             sources=Sources(run.folder / "search", load_network(run.folder / "train")[0]),
         )
+        packed_file(run.config, folder, network, report)
     return _exported(stage, stage, run.folder, run.data, run.device)
 
 
@@ -221,29 +226,19 @@ def _least(run: "Judge", trained: Stage) -> float:
 
 
 def _mixed(run: "Judge", best: Stage, path: Path, allowed_drop: float) -> str:
-    """Write the int8 file, with layers in float where that is better; say how many.
-
-    What was found is kept beside it, so that a resumed run neither judges nor measures again.
-    """
-    record = path.with_name(f"{INT8}.layers.json")
-    if path.is_file() and record.is_file() and read_json(record)["source"] == best.name:
-        found = read_json(record)
-    else:
-        record.unlink(missing_ok=True)
-        method = quantization_of(run.config)
-        if method.max_accuracy_drop is None:
-            method = replace(method, max_accuracy_drop=min(max(allowed_drop, 0.0), 1.0))
-        report = quantized(
-            best.path,
-            path,
-            run.data,
-            method,
-            measured_on=run.device,
-            scored_on=replace(run.device, precision=INT8),
-            seed=run.config["seed"],
-        )
-        found = {"source": best.name, **as_fields(report)}
-        write_json(record, found)
+    """Write the int8 file, with layers in float where that is better; say how many."""
+    method = quantization_of(run.config)
+    if method.max_accuracy_drop is None:
+        method = replace(method, max_accuracy_drop=min(max(allowed_drop, 0.0), 1.0))
+    found = quantized(
+        best.path,
+        path,
+        run.data,
+        method,
+        measured_on=run.device,
+        scored_on=replace(run.device, precision=INT8),
+        seed=run.config["seed"],
+    )
     left = len({*found["float_for_accuracy"], *found["float_for_speed"]})
     return f", {left} of {found['layers']} layers in float" if left else ""
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,29 @@ from fbnas.space import SearchSpace
 log = logging.getLogger(__name__)
 
 FRONT = (0.1, 0.9)  # of the way from the fastest to the slowest network: beyond, there is no choice
-OPTIONS = ("table", *BUDGETS, "target_fraction")
+OPTIONS = ("table", *BUDGETS, "target_fraction", "resolution")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A target as it was asked for: a table's file, budgets, and a fraction where there is none."""
+    """A target as it was asked for: a table's file, budgets, and a fraction where there is none.
+
+    resolution: of its images; None is the space's.
+    """
 
     table: Path
     budgets: dict[str, Any]
     fraction: float
+    resolution: int | None = None
 
 
 def targets_asked(config: Mapping[str, Any]) -> list[Asked]:
     """Read the targets of a command.
 
-    Without `targets` they are the options table, target_ms, ... and target_fraction: lists of equal
-    length, or one value of any for all. `targets=pareto` spreads `count` budgets of latency over
-    the range of every table. A list of mappings with the same options as keys says each target
-    by itself; what one leaves out is taken from the options.
+    Without `targets` they are the options table, target_ms, ..., target_fraction and resolution:
+    lists of equal length, or one value of any for all. `targets=pareto` spreads `count` budgets of
+    latency over the range of every table and resolution. A list of mappings with the same options
+    as keys says each target by itself; what one leaves out is taken from the options.
 
     Raises:
         InputError: an unknown key or word, values that do not pair up or are no budgets.
@@ -76,13 +80,8 @@ def _front(config: Mapping[str, Any]) -> list[Asked]:
     count = config["count"]
     step = (FRONT[1] - FRONT[0]) / max(count - 1, 1)
     fractions = [FRONT[0] + step * i for i in range(count)] if count > 1 else [sum(FRONT) / 2]
-    tables = config["table"] if isinstance(config["table"], list) else [config["table"]]
-    return [
-        asked
-        for table in tables
-        for fraction in fractions
-        for asked in _paired({**config, "table": table, "target_fraction": fraction})
-    ]
+    pairs = _paired({**config, "target_fraction": fractions[0]})
+    return [replace(asked, fraction=fraction) for asked in pairs for fraction in fractions]
 
 
 def _paired(options: Mapping[str, Any]) -> list[Asked]:
@@ -101,10 +100,22 @@ def _paired(options: Mapping[str, Any]) -> list[Asked]:
     for row in rows:
         check_budgets(row)
         check_fraction(row["target_fraction"])
+        _check_resolution(row["resolution"])
     return [
-        Asked(Path(row["table"]), {key: row[key] for key in BUDGETS}, row["target_fraction"])
+        Asked(
+            Path(row["table"]),
+            {key: row[key] for key in BUDGETS},
+            row["target_fraction"],
+            row["resolution"],
+        )
         for row in rows
     ]
+
+
+def _check_resolution(resolution: Any) -> None:
+    whole = isinstance(resolution, int) and not isinstance(resolution, bool)
+    if resolution is not None and not (whole and resolution >= 1):
+        raise InputError(f"resolution={resolution!r}; expected a whole number of pixels from 1.")
 
 
 def build_targets(asked: Sequence[Asked], space: SearchSpace, classes: int) -> list[Target]:
@@ -115,7 +126,14 @@ def build_targets(asked: Sequence[Asked], space: SearchSpace, classes: int) -> l
     """
     tables = {path: LatencyTable.load(path) for path in dict.fromkeys(a.table for a in asked)}
     return [
-        target_of(tables[a.table], space, classes, budgets=a.budgets, fraction=a.fraction)
+        target_of(
+            tables[a.table],
+            space,
+            classes,
+            budgets=a.budgets,
+            fraction=a.fraction,
+            resolution=a.resolution,
+        )
         for a in asked
     ]
 
@@ -160,11 +178,12 @@ def target_of(
     *,
     budgets: Mapping[str, Any],
     fraction: float,
+    resolution: int | None = None,
 ) -> Target:
-    """Do what `choose_target` does, without a word on the table."""
+    """Do what `choose_target` does, at a resolution, without a word on the table."""
     check_budgets(budgets)
     given = given_budgets(budgets)
-    latency_ms, base_ms = table.tensor(space, classes=classes)
+    latency_ms, base_ms = table.tensor(space.at(resolution), classes=classes)
     if not given:
         check_fraction(fraction)
         fastest, slowest = latency_range(latency_ms, base_ms)
@@ -179,6 +198,7 @@ def target_of(
         budget_mj=mj,
         budget_mb=mb,
         max_params=None if params is None else int(params),
+        resolution=resolution,
     )
     check_limits(target.limits(space, classes))
     return target

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fbnas.commands.folder import OutFolder
+from fbnas.commands.heads import head_on
 from fbnas.commands.parts import card_for, data_for, search_folder, space_for
 from fbnas.commands.teachers import (
     SUPERNET,
@@ -18,6 +19,7 @@ from fbnas.errors import InputError
 from fbnas.files import write_yaml
 from fbnas.search import read_result, read_supernet
 from fbnas.space import Architecture, Network, SearchSpace, build_network, count, save_network
+from fbnas.space.heads import FrozenBackbone
 from fbnas.training.evaluation import evaluate
 from fbnas.training.loop import TrainingResult, train
 from fbnas.training.reading import wait_words
@@ -26,6 +28,13 @@ from fbnas.training.settings import TrainingSettings
 
 def main(config: dict[str, Any]) -> int:
     settings = TrainingSettings.from_dict(config["training"])
+    if config["backbone"]:
+        return _train_head(config, settings)
+    if config["architecture"] is None:
+        raise InputError(
+            "fbnas train needs architecture=...; a file, or fbnet_a, fbnet_b, fbnet_c, "
+            "fbnet_iphonex, fbnet_s8. See: fbnas train --help"
+        )
     architecture = Architecture.load(config["architecture"])
     space = space_for(config, architecture)
     architecture.path(space)
@@ -64,6 +73,37 @@ def main(config: dict[str, Any]) -> int:
     return 0
 
 
+def _train_head(config: dict[str, Any], settings: TrainingSettings) -> int:
+    """Train a head alone, on the features of a trained network that stays as it is."""
+    model, card, data = head_on(config)
+    out = OutFolder(config)
+    result = train(
+        model,
+        data,
+        settings=settings,
+        seed=config["seed"],
+        out=out.folder,
+        resume=out.resume,
+        on_epoch=report_epoch(settings.epochs),
+    )
+    assert isinstance(result.network, FrozenBackbone)
+    network = result.network.network
+    save_network(out.folder, network, card)
+    _, accuracy = evaluate(network, data.test, mean=data.mean, std=data.std)
+    found = count(network, card.input_shape)
+    print(describe(result, accuracy, out.folder))
+    out.finish(
+        space=card.space.name,
+        architecture=list(card.architecture.blocks),
+        accuracy_top1=accuracy,
+        validation_accuracy=result.validation_accuracy,
+        best_epoch=result.best_epoch,
+        params=found.params,
+        macs=found.macs,
+    )
+    return 0
+
+
 def start(
     space: SearchSpace, architecture: Architecture, classes: int, supernet: str | None
 ) -> Network:
@@ -76,6 +116,7 @@ def start(
         return build_network(space, architecture, classes)
     folder = search_folder(supernet)
     searched, _, searched_classes = read_result(folder)
+    searched = searched.at(space.resolution)  # shared weights are the same at all
     if searched.to_dict() != space.to_dict() or searched_classes != classes:
         raise InputError(
             f"{folder} was searched in space {searched.name} with {searched_classes} classes; this "

@@ -11,6 +11,7 @@ NUMBERS = (
     "target_mj",
     "target_mb",
     "max_params",
+    "resolution",
     "rounds",
     "seconds",
     "compression.low_rank.speedup",
@@ -21,7 +22,7 @@ NUMBERS = (
     "data.workers",
     "compression.quantization.max_accuracy_drop",
 )  # null by default
-WHOLE = ("rounds", "data.resolution", "data.channels", "data.limit", "data.workers")
+WHOLE = ("rounds", "resolution", "data.resolution", "data.channels", "data.limit", "data.workers")
 LISTS = {  # options that take one value or a list of them
     "search": (
         "table",
@@ -30,6 +31,7 @@ LISTS = {  # options that take one value or a list of them
         "target_mb",
         "max_params",
         "target_fraction",
+        "resolution",
         "targets",
     ),
     "train": ("teacher",),
@@ -38,6 +40,7 @@ LISTS = {  # options that take one value or a list of them
     "export": ("format", "precision"),
     "report": ("run",),
 }
+MAPPINGS = {"export": ("heads",)}  # options that are null or name several things
 LEAST = {
     "classes": 1,
     "candidates": 1,
@@ -89,6 +92,10 @@ def check_values(
             holder = holder.get(parent) if isinstance(holder, Mapping) else None
         value = holder.get(name) if isinstance(holder, Mapping) else None
         if value is None or (key in LISTS.get(command, ()) and isinstance(value, list)):
+            continue
+        if key in MAPPINGS.get(command, ()):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{key}={value!r}; expected a mapping, as in {{a: runs/a}}.")
             continue
         expected = _expected(key, value, example)
         if expected:

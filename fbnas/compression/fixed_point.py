@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fbnas.compression.dataflow import Call, layer_calls
+from fbnas.compression.folding import fold_bn_
 from fbnas.compression.method import Applied, Method
-from fbnas.compression.norm_folding import fold_
 from fbnas.compression.responses import inputs_of, judged, training_images
 from fbnas.errors import InputError
 from fbnas.space.structure import Rounding
@@ -72,7 +72,7 @@ class FixedPoint(Method):
     def apply_(self, model: nn.Module, tools: "Tools") -> Applied:
         """Fold, round the weights, then give every feature map its format."""
         images = training_images(tools, self.images, next(model.parameters()).device)
-        fold_(model, tools.input_shape)
+        fold_bn_(model, tools.input_shape)
         calls = list({call.name: call for call in layer_calls(model, tools.input_shape)}.values())
         calls = [call for call in calls if call.name]
         reference = deepcopy(model)

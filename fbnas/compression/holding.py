@@ -2,7 +2,7 @@
 
 It is read from the values: a weight that is exactly zero was pruned and stays zero; a tensor with
 few different values has shared weights, and each value is trained as one (Han et al. 2016, arXiv
-1510.00149, section 3: gradients are summed per cluster).
+1510.00149, section 3).
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,21 @@ MOST_SHARED = 256  # different values of a tensor of shared weights, beside 0: a
 
 
 @contextmanager
-def held(model: nn.Module, *, mean_gradients: bool = False) -> Iterator[None]:
+def held(model: nn.Module, *, sum_gradients: bool = False) -> Iterator[None]:
     """Keep zeros zero and shared weights shared while the block trains the network in place.
 
     Args:
-        mean_gradients: a step of gradient descent moves a shared value by the mean of its weights'
-            gradients instead of by their sum. This is the step of a network whose weights are not
-            shared, projected onto shared weights: it is stable at every rate at which that is.
+        sum_gradients: a step of gradient descent moves a shared value by the sum of its weights'
+            gradients, as in the paper, instead of by their mean. The mean is the step of a network
+            whose weights are not shared, projected onto shared weights: it is stable at every rate
+            at which that is.
     """
     holding = []
     for module in weighted(model):
         found = shared(module.weight)
         if found is not None:
             parametrize.register_parametrization(
-                module, "weight", _Shared(*found, mean=mean_gradients), unsafe=True
+                module, "weight", _Shared(*found, mean=not sum_gradients), unsafe=True
             )
         elif bool((module.weight == 0).any()):
             zero = _Masked((module.weight != 0).to(module.weight.dtype))

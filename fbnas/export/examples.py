@@ -1,20 +1,23 @@
-"""A short program beside an exported file, which classifies an image with nothing but the runtime.
+"""Ten lines beside an exported file, which classify an image with nothing but the runtime.
 
-It reads what it needs to know from the file itself, and prepares the image as `training.images`
-does: turned as its camera says, 16 bits scaled to 8, grey or RGB, scaled to cover the network's
-square and cropped at the centre.
+They prepare the image as `training.images` does: turned as its camera says, grey or RGB, scaled to
+cover the network's square and cropped at the centre. What they must know of the network stands in
+them, the names of its classes in labels.txt beside them; the model file itself states both too.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from fbnas.export.metadata import LABELS, labels_text
 from fbnas.files import atomic_write
+from fbnas.space.network import NetworkCard
 
 NEEDS = {
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "tflite": "ai-edge-litert",
-    "pte": "executorch and torch",
-    "pt2": "torch",
+    "onnx": "onnxruntime, numpy and pillow",
+    "openvino": "openvino, numpy and pillow",
+    "tflite": "ai-edge-litert, numpy and pillow",
+    "pte": "executorch, torch, numpy and pillow",
+    "pt2": "torch, numpy and pillow",
 }
 _IMPORTS = {
     "onnx": "import onnxruntime",
@@ -23,102 +26,77 @@ _IMPORTS = {
     "pte": "import torch\nfrom executorch.runtime import Runtime",
     "pt2": "import torch",
 }
-_FROM_PILLOW = "from PIL import Image, ImageOps"
-_INT8_OPERATORS = "import torch.ao.quantization.fx._decomposed  # the operators of int8 files"
-_LOAD = {
+_INT8_OPERATORS = "import torch.ao.quantization.fx._decomposed  # torch, and operators of int8"
+_ARRAYS = ("images = np.float32([PIXELS])", "odds / odds.sum()")
+_TENSORS = ("images = torch.tensor(np.float32([PIXELS]))", "scores.softmax(0).tolist()")
+_RUN = {
     "onnx": """\
-network = onnxruntime.InferenceSession(model)
-stated = network.get_modelmeta().custom_metadata_map
-about = {key: json.loads(stated[f"fbnas.{key}"]) for key in ("preprocessing", "class_names")}
+network = onnxruntime.InferenceSession("MODEL")
+odds = np.exp(network.run(None, {"images": images})[0][0].astype(float))
 """,
     "openvino": """\
-network, f32 = openvino.Core().read_model(model), {"INFERENCE_PRECISION_HINT": "f32"}
-stated = {key: network.get_rt_info(["fbnas", key]) for key in ("preprocessing", "class_names")}
-about = {key: json.loads(value.astype(str)) for key, value in stated.items()}
+network = openvino.compile_model("MODEL", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+odds = np.exp(network(images)[0][0].astype(float))
 """,
     "tflite": """\
-network = Interpreter(str(model))
-network.allocate_tensors()
-about = json.loads(zipfile.ZipFile(model).read("fbnas.json"))
+network = Interpreter("MODEL").get_signature_runner()
+odds = np.exp(network(args_0=images)["output_0"][0].astype(float))
 """,
     "pte": """\
-program = Runtime.get().load_program(model)
-network, stated = (program.load_method(name) for name in ("forward", "fbnas"))
-about = json.loads(stated.execute([])[0])
+scores = Runtime.get().load_program("MODEL").load_method("forward").execute([images])[0][0]
 """,
     "pt2": """\
-stated = {"fbnas.json": ""}
-network = torch.export.load(model, extra_files=stated).module()
-about = json.loads(stated["fbnas.json"])
+network = torch.export.load("MODEL").module()
+scores = network(images)[0]
 """,
 }
-_PREPARE = """\
-prepare = about["preprocessing"]
-image = ImageOps.exif_transpose(Image.open(sys.argv[1]))
-if image.mode.startswith("I"):  # 16 bits
-    image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-image = image.convert("L" if prepare["channels"] == 1 else "RGB")
-image = ImageOps.fit(image, 2 * (prepare["resolution"],), Image.Resampling.BILINEAR)
-pixels = np.asarray(image).reshape(1, image.height, image.width, prepare["channels"])
-images = ((pixels / 255 - prepare["mean"]) / prepare["std"]).astype(np.float32)
-"""
-_CHANNELS_FIRST = "images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))\n"
-_RUN = {
-    "onnx": f"""\
-{_CHANNELS_FIRST}scores = network.run(None, {{"images": images}})[0][0]
-""",
-    "openvino": f"""\
-{_CHANNELS_FIRST}scores = openvino.compile_model(network, "CPU", f32)(images)[0][0]
-""",
-    "tflite": """\
-network.set_tensor(network.get_input_details()[0]["index"], images)
-network.invoke()
-scores = network.get_tensor(network.get_output_details()[0]["index"])[0]
-""",
-    "pte": f"""\
-{_CHANNELS_FIRST}scores = network.execute([torch.from_numpy(images)])[0][0].numpy()
-""",
-    "pt2": f"""\
-{_CHANNELS_FIRST}scores = network(torch.from_numpy(images))[0].detach().numpy()
-""",
-}
-_PRINT = """\
-probabilities = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-print(f"{about['class_names'][scores.argmax()]} {probabilities.max():.4f}")
-"""
 
 
-def write_example(folder: Path, format_name: str, models: list[str], *, int8: bool) -> Path:
-    """Write `folder`/classify_FORMAT.py and return it.
+def write_example(
+    folder: Path, format_name: str, models: list[str], card: NetworkCard, *, int8: bool
+) -> Path:
+    """Write `folder`/classify_FORMAT.py, and labels.txt beside it; return the former.
 
     Args:
-        models: names of the files that it can run; it takes the first unless told otherwise.
+        models: names of the files that it can run: the first, or another once it is edited.
+        card: of the network that they hold.
         int8: whether there is one of int8 among them.
     """
     path = folder / f"classify_{format_name}.py"
-    others = f" [{' | '.join(models)}]" if len(models) > 1 else ""
-    needs = NEEDS[format_name]
-    standard = ["json", "sys", *(["zipfile"] if format_name == "tflite" else [])]
-    imports = ["import numpy as np", *_IMPORTS[format_name].split("\n")]
+    channels, side, _ = card.input_shape
+    imports = _IMPORTS[format_name]
     if format_name == "pt2" and int8:
-        imports.append(_INT8_OPERATORS)
-    ordered = sorted([*imports, _FROM_PILLOW], key=_place)
-    text = (
-        f'"""Classify an image: python {path.name} IMAGE{others}\n\n'
-        f'Needs {needs}, numpy and pillow.\n"""\n\n'
-        + "".join(f"import {name}\n" for name in standard)
-        + "from pathlib import Path\n\n"
-        + "".join(f"{line}\n" for line in ordered)
-        + f'\nmodel = Path(__file__).with_name([*sys.argv, "{models[0]}"][2])\n'
-        + _LOAD[format_name]
-        + _PREPARE
-        + _RUN[format_name]
-        + _PRINT
+        imports = _INT8_OPERATORS
+    prepare, probabilities = _TENSORS if "torch" in NEEDS[format_name] else _ARRAYS
+    pixels = _pixels(card, channels_last=format_name == "tflite")
+    others = "".join(f"\n{models[0]} may be {name} instead." for name in models[1:])
+    atomic_write(folder / LABELS, labels_text(card.class_names))
+    atomic_write(
+        path,
+        f'"""Classify an image of 8 bits a channel, in this folder: python {path.name} IMAGE\n\n'
+        f'Needs {NEEDS[format_name]}.{others}\n"""\n\n'
+        "import sys\n\n"
+        f"import numpy as np\n{imports}\nfrom PIL import Image, ImageOps\n\n"
+        "image = ImageOps.exif_transpose(Image.open(sys.argv[1]))"
+        f'.convert("{"L" if channels == 1 else "RGB"}")\n'
+        f"pixels = np.asarray(ImageOps.fit(image, ({side}, {side}), Image.Resampling.BILINEAR))"
+        " / 255\n"
+        f"{prepare.replace('PIXELS', pixels)}\n"
+        f"{_RUN[format_name].replace('MODEL', models[0])}"
+        f"print(*max(zip({probabilities}, "
+        f'open("{LABELS}", encoding="utf-8").read().splitlines())))\n',
     )
-    atomic_write(path, text)
     return path
 
 
-def _place(line: str) -> tuple[bool, str]:
-    """Where a line stands among sorted imports."""
-    return line.startswith("from"), line.casefold()
+def _pixels(card: NetworkCard, *, channels_last: bool) -> str:
+    """Write how `pixels`, (h, w) or (h, w, 3), become an image as the file takes it."""
+    if len(card.mean) > 1:
+        scaled = f"(pixels - {_numbers(card.mean)}) / {_numbers(card.std)}"
+        return scaled if channels_last else f"({scaled}).transpose(2, 0, 1)"
+    scaled = f"(pixels - {card.mean[0]:.6g}) / {card.std[0]:.6g}"
+    return f"({scaled})[..., None]" if channels_last else f"[{scaled}]"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.6g}" for value in values) + "]"

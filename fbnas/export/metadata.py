@@ -11,6 +11,7 @@ import io
 import json
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,7 +25,7 @@ from fbnas.space.network import NetworkCard
 
 METADATA_PREFIX = "fbnas."
 INSIDE = "fbnas.json"
-LABELS = "labels.txt"  # as TensorFlow Lite's own tools name it in a .tflite
+LABELS = "labels.txt"  # beside the files, and in a .tflite, as TensorFlow Lite's own tools name it
 
 
 def sidecar(path: Path | str) -> Path:
@@ -71,6 +72,11 @@ def metadata_of(card: NetworkCard) -> dict[str, str]:
     return {METADATA_PREFIX + key: json.dumps(value) for key, value in content.items()}
 
 
+def labels_text(class_names: Sequence[str]) -> str:
+    """Return what a labels.txt holds: a name a line, in the order of the scores."""
+    return "".join(f"{name}\n" for name in class_names)
+
+
 def embed(path: Path, content: dict[str, Any]) -> None:
     """Put metadata into a file whose format has room: .tflite, as its associated files, and .pt2.
 
@@ -80,7 +86,7 @@ def embed(path: Path, content: dict[str, Any]) -> None:
     if path.suffix == ".tflite":
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(INSIDE, text)
-            archive.writestr(LABELS, "".join(f"{name}\n" for name in content["class_names"]))
+            archive.writestr(LABELS, labels_text(content["class_names"]))
     elif path.suffix == ".pt2":
         _embed_in_program(path, text)
 

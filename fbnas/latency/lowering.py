@@ -9,7 +9,7 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,7 @@ def write_onnx(
     batch: int | None = 1,
     metadata: dict[str, str] | None = None,
     opset: int = OPSET,
+    outputs: Sequence[str] = (OUTPUT_NAME,),
 ) -> None:
     """Write `module` in eval mode as ONNX: "images" (batch, c, h, w) to "scores".
 
@@ -99,11 +100,12 @@ def write_onnx(
         batch: images per run; None leaves it open.
         metadata: key-value pairs stored in the file.
         opset: version of ONNX's operators, one of OPSETS.
+        outputs: their names, of a module that returns several.
 
     Raises:
         InputError: another opset, or the module uses an operation that ONNX has no form for.
     """
-    model = trace_onnx(module, input_shape, batch=batch, opset=opset)
+    model = trace_onnx(module, input_shape, batch=batch, opset=opset, outputs=outputs)
     store_onnx(model, path, metadata=metadata)
 
 
@@ -113,6 +115,7 @@ def trace_onnx(
     *,
     batch: int | None,
     opset: int = OPSET,
+    outputs: Sequence[str] = (OUTPUT_NAME,),
 ) -> "onnx.ModelProto":
     """Return what `write_onnx` writes.
 
@@ -123,9 +126,9 @@ def trace_onnx(
         raise InputError(f"opset={opset!r}; expected {OPSETS[0]} to {OPSETS[-1]}.")
     module = copy.deepcopy(module).cpu().float().eval()
     if batch is None:
-        model = _trace_any_batch(module, input_shape, opset)
+        model = _trace_any_batch(module, input_shape, opset, outputs)
     else:
-        model = _trace(module, (batch, *input_shape), opset)
+        model = _trace(module, (batch, *input_shape), opset, outputs)
     _remove_identities_(model.graph)
     return model
 
@@ -168,22 +171,24 @@ def compile_onnx(
 
 
 def _trace_any_batch(
-    module: nn.Module, input_shape: tuple[int, int, int], opset: int
+    module: nn.Module, input_shape: tuple[int, int, int], opset: int, outputs: Sequence[str]
 ) -> "onnx.ModelProto":
     """Trace with fixed shapes, so that shape arithmetic folds into constants, then free the batch.
 
     Two batch sizes that leave the same graph show that no constant in it depends on the batch;
     otherwise the exporter's own dynamic axes serve, with the arithmetic left in the graph.
     """
-    traces = [_free_batch_(_trace(module, (batch, *input_shape), opset)) for batch in (2, 3)]
+    traces = [
+        _free_batch_(_trace(module, (batch, *input_shape), opset, outputs)) for batch in (2, 3)
+    ]
     if traces[0].SerializeToString() == traces[1].SerializeToString():
         return traces[0]
-    axes = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}}
-    return _trace(module, (2, *input_shape), opset, dynamic_axes=axes)
+    axes = {name: {0: "batch"} for name in (INPUT_NAME, *outputs)}
+    return _trace(module, (2, *input_shape), opset, outputs, dynamic_axes=axes)
 
 
 def _trace(
-    module: nn.Module, shape: tuple[int, ...], opset: int, **options: Any
+    module: nn.Module, shape: tuple[int, ...], opset: int, outputs: Sequence[str], **options: Any
 ) -> "onnx.ModelProto":
     import onnx
 
@@ -198,7 +203,7 @@ def _trace(
                 dynamo=False,
                 opset_version=opset,
                 input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
+                output_names=list(outputs),
                 **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:

@@ -217,7 +217,7 @@ class LatencyTable:
         for layer in space.layers:
             shape = (layer.in_channels, layer.out_channels, layer.stride, layer.height, layer.width)
             for block in layer.blocks:
-                entry = self.lookup(block, *shape, space=space.name)
+                entry = self.lookup(block, *shape, space=_option(space))
                 values[layer.index, space.blocks.index(block)] = cost(entry)
         return values
 
@@ -262,12 +262,12 @@ class LatencyTable:
     def _stem(self, space: "SearchSpace") -> Entry:
         side = space.resolution
         ends = (space.input_channels, space.stem.channels, space.stem.stride)
-        return self.lookup(space.stem.block, *ends, side, side, space=space.name)
+        return self.lookup(space.stem.block, *ends, side, side, space=_option(space))
 
     def _head(self, space: "SearchSpace") -> Entry:
         side = space.final_size
         return self.lookup(
-            "head", space.final_channels, space.head, 1, side, side, space=space.name
+            "head", space.final_channels, space.head, 1, side, side, space=_option(space)
         )
 
     def _classifier(self, space: "SearchSpace", classes: int | None) -> Entry:
@@ -288,5 +288,10 @@ class LatencyTable:
         wanted = 1000 if classes is None else classes
         if wanted not in fitting:
             missing = Shape("classifier", space.head, wanted, 1, side, side)
-            self._refuse(missing, space.name, classes=wanted)
+            self._refuse(missing, _option(space), classes=wanted)
         return fitting[wanted]
+
+
+def _option(space: "SearchSpace") -> str:
+    """Write what `space=` takes to profile a space at its resolution."""
+    return f"{space.name} space.resolution={space.resolution}"

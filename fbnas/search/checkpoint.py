@@ -54,6 +54,7 @@ def recipe(loop: "Loop") -> dict[str, Any]:
         "space": loop.supernet.space.to_dict(),
         "data": [loop.data.name, len(loop.data.train), list(loop.data.class_names)],
         "budgets_ms": [learner.target.budget_ms for learner in loop.learners],
+        "resolutions": [x.target.resolution for x in loop.learners if x.target.resolution],
         "tables": [  # nan, where a block is not offered, would equal nothing
             [learner.base_ms, *learner.latency_ms.nan_to_num(-1.0).flatten().tolist()]
             for learner in loop.learners

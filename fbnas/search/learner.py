@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import DualAscent, Objective
@@ -37,6 +38,13 @@ class Learner:
         self.further = sums[1:]
         self.ascent = self.objective if isinstance(self.objective, DualAscent) else DualAscent()
         self.multipliers = {limit.name: 0.0 for limit in sums}
+
+    def sees(self, images: Tensor) -> Tensor:
+        """Return images (n, c, h, w) at the target's resolution; smaller ones are averaged."""
+        side = self.distribution.space.resolution
+        if images.shape[-1] == side:
+            return images
+        return interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
     @property
     def latency_ms(self) -> Tensor:
@@ -115,7 +123,7 @@ def learner_of(
     fastest_ms = latency_range(latency_ms, base_ms)[0]
     objective.check(None if target.budget_ms is None else fastest_ms)
     allowed = torch.stack([limit.offered() for limit in limits]).all(dim=0)
-    distribution = ArchitectureDistribution(space, allowed)
+    distribution = ArchitectureDistribution(space.at(target.resolution), allowed)
     adam = torch.optim.Adam(
         distribution.parameters(), lr=settings.theta_lr, weight_decay=settings.theta_weight_decay
     )

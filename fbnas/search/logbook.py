@@ -287,6 +287,7 @@ def write_result(
     targets = [
         {
             "table": learner.target.name,
+            "resolution": learner.target.resolution,
             "budget_ms": learner.target.budget_ms,
             "base_ms": learner.base_ms,
             "latency_ms": _listed(learner.latency_ms, space.offered),
@@ -310,9 +311,14 @@ class Learned:
     """One target of a finished search, read back from theta.json.
 
     `limits` are all costs that the table and the space told, latency first, with their budgets.
+    `resolution`: None where the target was searched at the space's.
     """
 
     def __init__(self, space: SearchSpace, target: dict[str, Any], *, classes: int) -> None:
+        self.resolution: int | None = target.get(
+            "resolution"
+        )  # older searches knew but the space's
+        space = space.at(self.resolution)
         self.budget_ms: float | None = target["budget_ms"]
         self.base_ms: float = target["base_ms"]
         self.table: str = target["table"]

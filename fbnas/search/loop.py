@@ -80,7 +80,8 @@ def search(
     Args:
         space: what may be chosen.
         data: where the training images come from.
-        targets: a table and budgets each; every target learns its own theta.
+        targets: a table and budgets each; every target learns its own theta, from images at its own
+            resolution, to which those of `data` are scaled.
         objective: how cross-entropy and latency combine in theta's loss; `DualAscent()` by default.
         settings: the recipe.
         seed: the same seed gives the same numbers on CPU.
@@ -215,7 +216,9 @@ class Loop:
         steps = self.steps(self.weights_images)
         for images, labels in self.order(self.weights_images, epoch, start=self.step):
             self.set_weights_lr(epoch * steps + self.step, self.settings.epochs * steps)
-            self.weights_step(images, labels, self.weights_gates(epoch))
+            learner = self.weights_learner(epoch)
+            gates = self.weights_gates(epoch, learner)
+            self.weights_step(learner.sees(images), labels, gates)
             self.finish_step(epoch, stop)
         self.phase, self.step = "theta", 0
 
@@ -262,7 +265,7 @@ class Loop:
         if gates.dim() == 3:  # every process draws for all images, and uses those of its part
             gates = gates.chunk(self.fabric.world_size)[self.fabric.global_rank]
         with self.fabric.autocast():
-            scores = self.supernet(images, gates, among)
+            scores = self.supernet(learner.sees(images), gates, among)
         task_loss = self.task.loss(scores.float(), labels)
         loss, costs = learner.loss(task_loss)
         learner.optimiser.zero_grad(set_to_none=True)
@@ -272,11 +275,21 @@ class Loop:
         learner.raise_multipliers(costs)
         self.count("theta", task_loss, scores, labels)
 
-    def weights_gates(self, epoch: int) -> Tensor | list[int]:
-        """A uniform path while theta sleeps; then what the recipe says, for one of the targets."""
-        if epoch < self.settings.warmup or self.settings.weights_on == "uniform":
+    def weights_learner(self, epoch: int) -> Learner:
+        """Draw the target at whose resolution, and on whose paths, the weights are trained."""
+        resolutions = {learner.distribution.space.resolution for learner in self.learners}
+        if self.uniform_paths(epoch) and len(resolutions) == 1:
+            return self.learners[0]  # nothing of it is used
+        return self.learners[int(torch.randint(len(self.learners), ()))]
+
+    def uniform_paths(self, epoch: int) -> bool:
+        """Whether the weights are trained on uniform paths: while theta sleeps at least."""
+        return epoch < self.settings.warmup or self.settings.weights_on == "uniform"
+
+    def weights_gates(self, epoch: int, learner: Learner) -> Tensor | list[int]:
+        """A uniform path while theta sleeps; then what the recipe says, for a target."""
+        if self.uniform_paths(epoch):
             return self.uniform.sample_path()
-        learner = self.learners[int(torch.randint(len(self.learners), ()))]
         if self.settings.weights_on == "path":
             return learner.distribution.sample_path()
         with torch.no_grad():

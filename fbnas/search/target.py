@@ -29,7 +29,8 @@ class Target:
     """A device's table and budgets: what one theta is learned for. None is no budget.
 
     budget_ms: latency; budget_mj: energy of one run; budget_mb: peak memory in 1e6 bytes;
-    max_params: parameters, as `count` counts them.
+    max_params: parameters, as `count` counts them. resolution: of the images that its networks are
+    shown, in pixels; None is the space's.
 
     Raises:
         InputError: there is no budget at all.
@@ -41,6 +42,7 @@ class Target:
     budget_mj: float | None = None
     budget_mb: float | None = None
     max_params: int | None = None
+    resolution: int | None = None
 
     def __post_init__(self) -> None:
         budgets = (self.budget_ms, self.budget_mj, self.budget_mb, self.max_params)
@@ -56,6 +58,7 @@ class Target:
         Raises:
             InputError: the table does not hold what a budget needs.
         """
+        space = space.at(self.resolution)
         latency_ms, base_ms = self.table.tensor(space, classes=classes)
         limits = [latency_limit(latency_ms, base_ms, self.budget_ms)]
         kinds: tuple[tuple[str, str, float | None, Literal["sum", "max"]], ...] = (

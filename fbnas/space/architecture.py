@@ -17,12 +17,14 @@ class Architecture:
     """One block name per layer, the space it belongs to, and where it comes from.
 
     `provenance` holds what is known of its origin: log_probability, predicted_latency_ms, source.
+    `head` and `resolution` are None where they are the space's.
     """
 
     blocks: tuple[str, ...]
     space: str = ""
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
     head: int | None = None
+    resolution: int | None = None
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "Architecture":
@@ -43,16 +45,20 @@ class Architecture:
         ):
             raise InputError(f"{path}: `blocks` is {blocks!r}; expected a list of block names.")
         space = content.pop("space", "")
-        head = content.pop("head", None)
-        if head is not None and (not isinstance(head, int) or head < 1):
-            raise InputError(f"{path}: `head` is {head!r}; expected a number of channels.")
-        return cls(tuple(blocks), str(space or ""), content, head)
+        numbers = {"head": "a number of channels", "resolution": "a number of pixels"}
+        for key, expected in numbers.items():
+            value = content.get(key)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{path}: `{key}` is {value!r}; expected {expected}.")
+        head, resolution = (content.pop(key, None) for key in numbers)
+        return cls(tuple(blocks), str(space or ""), content, head, resolution)
 
     def save(self, path: str | Path) -> None:
         """Write the architecture as YAML; `load` reads it back to an equal one."""
-        head = {} if self.head is None else {"head": self.head}
+        own = {"head": self.head, "resolution": self.resolution}
+        stated = {key: value for key, value in own.items() if value is not None}
         write_yaml(
-            path, {"space": self.space, **head, "blocks": list(self.blocks), **self.provenance}
+            path, {"space": self.space, **stated, "blocks": list(self.blocks), **self.provenance}
         )
 
     def path(self, space: SearchSpace) -> list[int]:

@@ -84,13 +84,14 @@ def build_network(
     Args:
         classifier: makes the last layers, for tasks other than classification.
 
-    An architecture that states its own `head` (the published ones do) overrides the space's.
+    An architecture that states its own `head` (the published ones do) or `resolution` overrides the
+    space's.
 
     Raises:
         InputError: the architecture does not fit the space.
     """
     architecture.path(space)
-    space = with_head_of(space, architecture)
+    space = with_head_of(space.at(architecture.resolution), architecture)
     layers = [
         build_block(name, layer.in_channels, layer.out_channels, layer.stride)
         for name, layer in zip(architecture.blocks, space.layers, strict=True)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,16 @@ class SearchSpace:
     def offered(self) -> Tensor:
         """(layers, blocks) bool: whether a layer offers a block."""
         return torch.tensor([[b in layer.blocks for b in self.blocks] for layer in self.layers])
+
+    def at(self, resolution: int | None) -> "SearchSpace":
+        """Return the space for images of another resolution; None is its own.
+
+        What may be chosen, and the shapes of weights, are the same.
+
+        Raises:
+            InputError: a resolution that makes no network.
+        """
+        return self if resolution is None else replace(self, resolution=resolution)
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -48,16 +48,17 @@ def recalibrate_bn(
     """Estimate all BN statistics of `module` anew: their plain mean over the batches given.
 
     `forward` runs one batch of images through whatever part of the module is meant, a supernet's
-    path for one; BN layers it does not visit are left reset. `batches`: (images, labels) as
-    `batches()` yields.
+    path for one; BN layers it does not visit are left reset. Those that a network keeps in eval
+    mode even in training are frozen, and stay. `batches`: (images, labels) as `batches()` yields.
     """
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
     was_training = module.training
+    module.train()
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [norm for norm in norms if norm.training]
+    momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # torch's word for a cumulative mean
-    module.train()
     for images, _ in batches:
         forward(images)
     module.train(was_training)

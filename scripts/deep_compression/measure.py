@@ -43,7 +43,7 @@ SOURCES = {"mnist": "MNIST", "fashion": "Fashion-MNIST", "digits": "digits"}
 CODERS = ("huffman", "arithmetic")
 COMMON = {"batch_size": 128, "label_smoothing": 0.0, "weight_decay": 1e-4}
 # Epochs and rates: of the training, of each of the steps of pruning, of the shared values. The last
-# is small because the gradient of a value is the sum over all weights that share it.
+# is small because the gradient of a value is here the sum over all weights that share it.
 RECIPES: dict[str, dict[str, Any]] = {
     "lenet_300_100": {
         "train": {"epochs": 15, "lr": 0.1, "ema": 0.99},
@@ -112,7 +112,9 @@ def study(folder: Path, name: str, data: Data, seed: int) -> None:
     )
     accuracy["pruned"] = tested(network, data)
     untuned = copy.deepcopy(network)
-    sharing = WeightSharing(conv_bits=paper.conv_bits, linear_bits=paper.linear_bits)
+    sharing = WeightSharing(
+        conv_bits=paper.conv_bits, linear_bits=paper.linear_bits, gradient="sum"
+    )
     compress_(untuned, sharing, input_shape=SHAPE, seed=seed)
     accuracy["shared, before fine-tuning"] = tested(untuned, data)
     train_values = trainer(data, recipe["share"], seed)
@@ -164,7 +166,7 @@ def study_fbnet(work: Path, seed: int) -> None:
         pruning = LayerDensities(densities, 2)
         compress_(network, pruning, train=trainer(data, FBNET["prune"], seed))
         accuracy["pruned"] = tested(network, data)
-        sharing = WeightSharing(conv_bits=bits, linear_bits=bits, gradient="mean")
+        sharing = WeightSharing(conv_bits=bits, linear_bits=bits)
         compress_(network, sharing, train=trainer(data, FBNET["share"], seed), seed=seed)
         accuracy["shared"] = tested(network, data)
         for coder in CODERS:

@@ -99,7 +99,8 @@ def steps(loop: Loop, times: Times, count: int) -> None:
 
     def weights_step() -> None:
         images, labels = next(weights)
-        loop.weights_step(images, labels, loop.weights_gates(epoch))
+        gates = loop.weights_gates(epoch, loop.weights_learner(epoch))
+        loop.weights_step(images, labels, gates)
 
     def theta_step() -> None:
         images, labels = next(theta)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import write_space
+from tiny_run import SMALL, write_space, write_table
 
 from fbnas.commands import main
+from fbnas.commands.stages import Judge
 from fbnas.compression import load_any
 from fbnas.compression.packing import PACKED_FILE
 from fbnas.space import load_network
@@ -54,6 +55,26 @@ def test_a_folder_with_packed_weights_alone_is_exported_and_compressed_again(
     packed.write_bytes(packed.read_bytes()[:-5])
     assert main(["export", f"model={out}", f"out={tmp_path / 'f'}"]) == 2
     assert "the checksum is not that of the content" in capsys.readouterr().err
+
+
+def test_a_run_compresses_deeply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judge, "_ratio", lambda *stages: (1.0, 0.01))  # no clock decides
+    table, out = write_table(tmp_path / "table.csv"), tmp_path / "r"
+    chain = [f"space={write_space(tmp_path)}", f"table={table}", "target_ms=8", "networks=0"]
+    short = ["candidates=2", "ranked=4", "compression.sparsity.steps=1", "max_accuracy_drop=1"]
+    recipe = [*SMALL, "compression=deep_compression"]
+    assert main(["run", *chain, *short, *recipe, f"out={out}"]) in (0, 3)
+    fp32, sparse, shared = json.loads((out / "result.json").read_text())["stages"]
+    assert [x["name"] for x in (fp32, sparse, shared)] == ["fp32", "sparsity", "weight_sharing"]
+    assert "packed_bytes" not in fp32
+    tensors = load_any(out / "weight_sharing")[0].state_dict()
+    layers = [x for name, x in tensors.items() if name.endswith("weight") and x.ndim > 1]
+    zeros = sum(int((x == 0).sum()) for x in layers) / sum(x.numel() for x in layers)
+    assert 0.5 < zeros < 0.8  # depthwise filters stay whole
+    assert shared["packed_bytes"] < sparse["packed_bytes"]
+    assert shared["packed_bytes"] == (out / "weight_sharing" / PACKED_FILE).stat().st_size
+    for layer in layers:
+        assert len(layer.unique()) <= 257
 
 
 def test_packed_weights_that_do_not_pay_are_not_written(trained: Path, tmp_path: Path) -> None:

@@ -190,7 +190,9 @@ def test_files_and_their_example_agree_with_the_network(
         env={**os.environ, "PYTHONPATH": ""},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == card.class_names[int(scores.argmax())]
+    probability, name = done.stdout.split()
+    assert name == card.class_names[int(scores.argmax())]
+    assert float(probability) == pytest.approx(float(scores.softmax(1).max()), abs=1e-3)
 
 
 def test_an_ir_is_evaluated_by_openvino_alone(

@@ -18,6 +18,7 @@ NONE: dict[str, Any] = {
     "target_mb": None,
     "max_params": None,
     "target_fraction": 0.5,
+    "resolution": None,
     "targets": None,
     "count": 3,
 }

@@ -6,7 +6,7 @@ from digits_network import Trained
 from torch import Tensor, nn
 
 from fbnas.compression.dataflow import Call, layer_calls
-from fbnas.compression.norm_folding import fold_
+from fbnas.compression.folding import fold_bn_
 
 SHAPE = (3, 8, 8)
 
@@ -90,6 +90,6 @@ def test_folding_leaves_what_is_computed() -> None:
     images = torch.randn(4, *SHAPE)
     with torch.no_grad():
         expected = model(images)
-        assert fold_(model, SHAPE) == ("norm_a", "norm_c")
+        assert fold_bn_(model, SHAPE) == ("norm_a", "norm_c")
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     assert isinstance(model.norm_b, nn.BatchNorm2d)

@@ -106,7 +106,7 @@ def test_values_learn_by_the_gradients_of_their_weights(gradient: str) -> None:
         nn.functional.cross_entropy(network(images), labels).backward()
         optimizer.step()
 
-    if gradient == "sum":  # what every later fine-tuning does
+    if gradient == "mean":  # what every later fine-tuning does
         again = copy.deepcopy(model)
         with held(again):
             step(again)
@@ -120,7 +120,7 @@ def test_values_learn_by_the_gradients_of_their_weights(gradient: str) -> None:
                 expected[members] = value.item() - rate * total
         torch.testing.assert_close(layer.weight.detach(), expected)
         assert not torch.equal(layer.weight, old.weight)
-    if gradient == "sum":
+    if gradient == "mean":
         assert torch.equal(again[0].weight, model[0].weight)
 
 
@@ -132,7 +132,7 @@ def test_digits_are_still_read_with_shared_weights(trained: Trained) -> None:
     network, data = copy.deepcopy(trained.network), trained.data
     report = compress_(
         network,
-        WeightSharing(conv_bits=5, linear_bits=3, gradient="mean"),
+        WeightSharing(conv_bits=5, linear_bits=3),
         input_shape=trained.card.input_shape,
         train=lambda model: fit(model, data, epochs=2, rate=0.02),
         data=data,

@@ -122,8 +122,8 @@ def watch(out: Path) -> None:
     """Write theta, the weights and the paths drawn so far after every epoch of this process."""
     finish_epoch, weights_gates, paths = loop.Loop.finish_epoch, loop.Loop.weights_gates, []
 
-    def note_gates(self: Any, epoch: int) -> Any:
-        paths.append(weights_gates(self, epoch))
+    def note_gates(self: Any, *arguments: Any) -> Any:
+        paths.append(weights_gates(self, *arguments))
         return paths[-1]
 
     def note_and_finish(self: Any, epoch: int) -> Any:
