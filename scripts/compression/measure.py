@@ -268,7 +268,14 @@ def report(study: Study) -> None:
         f"`{options.blocks.replace(',', ' ')}` trained for {options.epochs} epochs, fine-tuned for "
         f"{options.fine_tune}; seeds {', '.join(map(str, options.seeds))}."
     )
-    rows = rows_of(study.rows).merge(rows_of(study.work / "latency.csv"), how="left")
+    latencies = rows_of(study.work / "latency.csv")
+    if latencies.empty:
+        raise SystemExit(
+            f"{study.work / 'latency.csv'} is missing; expected --steps measure before."
+        )
+    places = {trial.name: place for place, (trial, _) in enumerate(study.plan())}
+    rows = rows_of(study.rows).sort_values("trial", key=lambda names: names.map(places))
+    rows = rows.merge(latencies, how="left")
     write_report(rows, options.out, words=words, test_images=len(study.data.test))
 
 

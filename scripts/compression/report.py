@@ -81,7 +81,7 @@ def verdict(rows: pd.DataFrame, refused: pd.DataFrame, test_images: int) -> list
     """What the rows say, in sentences."""
     lines = []
     for cost, unit in COSTS.items():
-        names = ", ".join(str(trial) for trial in front(rows, cost).trial)
+        names = "; ".join(front(rows, cost).trial)
         lines.append(f"On the front of accuracy against {unit}, cheapest first: {names}.")
     return [*lines, *order(rows, refused, test_images), *default(rows)]
 
@@ -141,7 +141,7 @@ def default(rows: pd.DataFrame) -> list[str]:
         lines.append(f"The default of `fbnas run`, {kept} that loss: {said(row)}.")
         for cost, unit in COSTS.items():
             better = rows[(rows.accuracy > row.accuracy) & (rows[cost] < row[cost])]
-            names = ", ".join(map(str, better.sort_values(cost).trial)) or "nothing"
+            names = "; ".join(better.sort_values(cost).trial) or "nothing"
             lines.append(f"More accurate at less {unit} than the default: {names}.")
     return lines
 
@@ -193,6 +193,8 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         best = front(rows, cost)
         axes.step(scale * best[cost], 100 * best.accuracy, where="post", color="grey", lw=0.8)
         axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks(lambda cost, _: f"{cost:g}")
         axes.set(xlabel=unit, ylabel="test accuracy, %")
         axes.grid(alpha=0.3, which="both")
         name_front(axes, best, scale * best[cost])
@@ -212,5 +214,5 @@ def name_front(axes: plt.Axes, best: pd.DataFrame, costs: pd.Series) -> None:
             textcoords="axes fraction",
             fontsize=8,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5, "relpos": (0, 0.5)},
         )
