@@ -105,8 +105,8 @@ def main(config: dict[str, Any]) -> int:
     return 0
 
 
-def method_names(given: Any) -> list[str]:
-    """Return the methods of `method=`: one, or several in their order, int8 the last.
+def method_names(given: Any, option: str = "method") -> list[str]:
+    """Return the methods of an option: one, or several in their order, int8 the last.
 
     Raises:
         InputError: an unknown one, or int8 before another.
@@ -115,7 +115,7 @@ def method_names(given: Any) -> list[str]:
     check_known("method", names, NAMES)
     if not names or INT8 in names[:-1] or len(set(names)) < len(names):
         raise InputError(
-            f"method={given}; expected one method or a list of different ones, int8 the last of "
+            f"{option}={given}; expected one method or a list of different ones, int8 the last of "
             "them: it makes a file, which nothing here compresses further."
         )
     return names
@@ -409,7 +409,7 @@ def check_compression(config: dict[str, Any]) -> None:
     others = ["methods", "fine_tuning", "packing", "quantization"]
     check_known("part of compression", options, [*sections, *others])
     if options["methods"]:
-        method_names(options["methods"])
+        method_names(options["methods"], "compression.methods")
     for name in METHODS:
         build_method(name, config)
     quantization_of(config)

@@ -102,6 +102,7 @@ VALUES = [
     ("run candidates=0", "candidates=0; expected a whole number from 1"),
     ("run networks=2", "networks=2; expected 0"),
     ("run compression.methods=[int8,channel_pruning]", "int8 the last of them"),
+    ("run compression.methods=[int8,qat]", "compression.methods=['int8', 'qat']; expected"),
     ("run compression.methods=int8", "a list, as in [a, b]"),
     ("compress method=[int8,int8] model=m", "a list of different ones"),
     ("run space.blocks=skip", "space.blocks='skip'; expected a list"),
