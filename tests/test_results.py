@@ -1,9 +1,10 @@
-"""The families of scripts/results have their published sizes, train, and become int8 files."""
+"""scripts/results: the families have their published sizes; the page says who won."""
 
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import torch
 
@@ -15,8 +16,8 @@ from fbnas.training import TrainingSettings, load_data, train
 
 HERE = Path(__file__).parents[1] / "scripts" / "results"
 
-# Width, all parameters, 1e6 multiply-adds at 224 and 1000 classes. Parameters: torchvision's and
-# timm's own; MobileNetV1: Howard et al. 2017, tables 6 and 8 (in millions). Multiply-adds: the papers.
+# Width, all parameters, 1e6 multiply-adds at 224 and 1000 classes. Parameters: as torchvision and
+# timm count them; MobileNetV1: Howard et al. 2017, tables 6 and 8. Multiply-adds: the papers.
 PUBLISHED = (
     ("MobileNetV1", 1.0, 4.2e6, 569),
     ("MobileNetV1", 0.75, 2.6e6, 325),
@@ -30,7 +31,7 @@ PUBLISHED = (
     ("ShuffleNetV2", 2.0, 7_393_996, 591),
     ("EfficientNet-Lite", 1.0, 4_652_008, 407),
 )
-# Google's 407 counts more than convolutions: EfficientNet-B0's 390 has the same ones, and 385 are here.
+# Google's 407 counts more than these layers: EfficientNet-B0 has the same ones and 390.
 MACS_TOLERANCE = {"EfficientNet-Lite": 0.06}
 
 
@@ -43,7 +44,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-FAMILIES = script("networks").FAMILIES
+FAMILIES, COMPARE = script("networks").FAMILIES, script("compare")
 
 
 @pytest.mark.parametrize(("family", "width", "params", "macs"), PUBLISHED)
@@ -80,3 +81,61 @@ def test_a_family_trains_and_its_int8_file_answers(family: str, tmp_path: Path) 
     export_file(found.network, path, device, card=card, calibration=calibration_images(data))
     right = accuracy_of_file(path, data.test, mean=data.mean, std=data.std, threads=1)
     assert 0 <= right <= 1
+
+
+def made_result(own: tuple[float, float], random: float) -> pd.DataFrame:
+    """Two seeds, one budget of 1 ms; `own`: the searched networks' accuracy by seed."""
+    common = {"noise_floor": 0.01, "params": 1e5, "macs": 1e6, "fp32_accuracy": 0.5, "blocks": "x"}
+    rows = []
+    for seed, accuracy in enumerate(own):
+        budget = {"fraction": 0.3, "budget_ms": 1.0}
+        rows += [
+            {"kind": "searched", "name": "searched 0.3", "ms": 1.0, "accuracy": accuracy, **budget},
+            {"kind": "random", "name": "random 0.3 0", "ms": 0.98, "accuracy": random, **budget},
+            {"kind": "uniform", "name": "k3_e1", "ms": 0.5, "accuracy": 0.40},
+            {"kind": "uniform", "name": "k3_e3", "ms": 1.02, "accuracy": 0.45},
+            {"kind": "uniform", "name": "k3_e6", "ms": 2.0, "accuracy": 0.99},
+            {"kind": "family", "name": "MobileNetV1 0.1", "ms": 0.5, "accuracy": 0.3},
+            {"kind": "family", "name": "MobileNetV1 0.2", "ms": 1.5, "accuracy": 0.5},
+            {"kind": "family", "name": "MobileNetV2 0.1", "ms": 1.5, "accuracy": 0.9},
+        ]
+        for row in rows[-8:]:
+            row |= {"seed": seed, "measured_ms": row.pop("ms"), **common}
+    return pd.DataFrame(rows)
+
+
+def test_others_are_taken_at_the_searched_network_s_latency() -> None:
+    (found,) = COMPARE.compared(made_result((0.6, 0.6), random=0.5))
+    assert found.uniform_name == "k3_e3"  # k3_e6 is better, and too slow
+    assert found.frontier.tolist() == pytest.approx([0.4, 0.4])  # MobileNetV2 has none as fast
+    assert found.random_off == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("own", "random", "said"),
+    [
+        ((0.60, 0.62), 0.50, "better"),
+        ((0.40, 0.42), 0.50, "worse"),
+        ((0.45, 0.56), 0.50, "not told apart"),
+    ],
+)
+def test_the_verdict_says_who_won(own: tuple[float, float], random: float, said: str) -> None:
+    everything = COMPARE.compared(made_result(own, random))
+    line = COMPARE.verdicts(everything)[0]
+    assert f"Against random networks: {said} at 1 of 1 budgets" in line
+    assert ("search lost" in line) == (said == "worse")
+
+
+def test_the_page_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra studies is not installed")
+    monkeypatch.syspath_prepend(HERE)
+    seconds = pd.DataFrame({"step": ["train", "train"], "part": ["0/2", "1/2"], "seconds": 3600.0})
+    script("page").write_page(made_result((0.6, 0.7), 0.5), seconds, ["About."], tmp_path)
+    page = (tmp_path / "result.md").read_text()
+    assert "| train | 2.00 | 1.00 |" in page
+    assert "| +15.00 ± 7.07 |" in page  # against random ones
+    assert capsys.readouterr().out.strip() == page.strip()
+    assert len(pd.read_csv(tmp_path / "result.csv")) == 16
+    assert (tmp_path / "results.png").stat().st_size > 10_000
