@@ -1,0 +1,101 @@
+"""The page of the comparison, from a row per trained network and seed.
+
+Columns of `result`: those of compare.py, and noise_floor, fp32_accuracy, params, macs, blocks.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from compare import AS_FAST, RANDOM, SEARCHED, compared, points, verdicts
+from plot import draw
+
+sys.path.append(str(Path(__file__).parents[1]))
+from steps import spread
+
+
+def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
+    everything = compared(result)
+    noise, off = result.noise_floor.max(), max(c.random_off for c in everything)
+    lines = [
+        "# Searched networks against random, uniform and well-known ones",
+        "",
+        *about,
+        "",
+        "## Verdict",
+        "",
+        "The searched network's accuracy less that of others of its measured latency, by seed: "
+        "better or worse where the mean over seeds is more than its deviation over seeds.",
+        "",
+        *verdicts(everything),
+        "",
+        "## At each budget",
+        "",
+        "Test accuracy of int8 files, %, mean ± deviation (seeds); gains in points. Random "
+        f"networks are at most {100 * off:.1f} % off the searched one's latency (noise floor "
+        f"{100 * noise:.1f} %). The best uniform network is the best of those that take at most "
+        f"{100 * (AS_FAST - 1):.0f} % more than the searched one or the budget, chosen by these "
+        "very test images, which favours it. Families are interpolated along latency between "
+        "their widths, and the best of them at the searched network's latency counts.",
+        "",
+        "| budget, ms | measured, ms | searched | random | gain | best uniform | gain | "
+        "best family | gain |",
+        "|---" * 9 + "|",
+    ]
+    for c in everything:
+        random, uniform, family = (points(g) for g in c.gains().values())
+        at = f"{c.uniform_name}: {spread(c.uniform)}" if len(c.uniform) else "none as fast"
+        frontier = c.frontier.dropna()
+        lines.append(
+            f"| {c.budget_ms:.4f} | {c.measured_ms:.4f} | {spread(c.own)} | {spread(c.random)} | "
+            f"{random} | {at} | {uniform} | "
+            f"{spread(frontier) if len(frontier) else 'none as fast'} | {family} |"
+        )
+    return "\n".join(
+        [
+            *[*lines, "", "![accuracy by measured latency](results.png)", ""],
+            *["## Every network", "", *every_network(result), ""],
+            *["## Hours", "", *hours(seconds), ""],
+        ]
+    )
+
+
+def every_network(result: pd.DataFrame) -> list[str]:
+    """A line per name, random networks of a budget together; means over all in it and seeds."""
+    lines = [
+        "| network | measured, ms | int8 accuracy, % | fp32 accuracy, % | M parameters | "
+        "M multiply-adds |",
+        "|---" * 6 + "|",
+    ]
+    named = np.where(result.kind == RANDOM, result.name.str.rpartition(" ")[0], result.name)
+    for name, part in result.groupby(named, sort=False):
+        lines.append(
+            f"| {name} | {part.measured_ms.mean():.4f} | {spread(part.accuracy)} | "
+            f"{spread(part.fp32_accuracy)} | {part.params.mean() / 1e6:.3f} | "
+            f"{part.macs.mean() / 1e6:.2f} |"
+        )
+    lines += ["", "The searched networks:", ""]
+    searched = result[result.kind == SEARCHED]
+    return lines + [f"- seed {r.seed}, {r.budget_ms:.4f} ms: `{r.blocks}`"
+                    for r in searched.itertuples()]  # fmt: skip
+
+
+def hours(seconds: pd.DataFrame) -> list[str]:
+    """Of each step: of all processes together, and of the part that took longest."""
+    lines = ["| step | process hours | longest part |", "|---|---|---|"]
+    parts = seconds.groupby(["step", "part"], sort=False).seconds.sum() / 3600
+    by_step = parts.groupby("step", sort=False)
+    for step, own in by_step:
+        lines.append(f"| {step} | {own.sum():.2f} | {own.max():.2f} |")
+    return [*lines, f"| all | {parts.sum():.2f} | {by_step.max().sum():.2f} |"]
+
+
+def write_page(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str], folder: Path) -> None:
+    """Write result.csv, results.png and result.md into `folder`, and print the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result.to_csv(folder / "result.csv", index=False, float_format="%.6g")
+    draw(result, folder / "results.png")
+    page = words(result, seconds, about)
+    (folder / "result.md").write_text(page)
+    print(page)
