@@ -30,6 +30,7 @@ from fbnas.latency.lowering import OPSET, quantize_onnx
 from fbnas.latency.profiling import AnyDevice
 from fbnas.latency.runtimes import RUNTIMES, runtime, suffixes
 from fbnas.space.network import NetworkCard
+from fbnas.space.structure import rounds
 
 FP16_TOLERANCE = 2e-2  # relative RMS: fp16 keeps 11 bits, and a network's errors add up
 
@@ -170,7 +171,9 @@ def _checked(
                 f"{len(images)} images, at least {100 * least_agreement:g} % are expected."
             )
         return ExportReport(path, size, error, agreement)
-    tolerance = FP16_TOLERANCE if precision == "fp16" else runtime(device.runtime).TOLERANCE["fp32"]
+    tolerance = runtime(device.runtime).TOLERANCE["int8" if rounds(network) else "fp32"]
+    if precision == "fp16":
+        tolerance = max(tolerance, FP16_TOLERANCE)
     if not difference <= tolerance:  # a NaN is no agreement
         raise ParityError(
             f"{path} was not kept: its scores differ from torch's by {difference:.1e} (relative "

@@ -201,6 +201,7 @@ class Device:
         """
         from fbnas.latency.checks import write_check
         from fbnas.latency.converting import convert
+        from fbnas.space.structure import rounds
 
         shown = noise((batch, *input_shape), seed) if calibration is None else calibration
         local = self.python if not self.host else None
@@ -214,7 +215,7 @@ class Device:
             calibration=shown,
             converter=self.converter or local,
         )
-        tolerance = runtime(self.runtime).TOLERANCE[self.precision]
+        tolerance = runtime(self.runtime).TOLERANCE["int8" if rounds(module) else self.precision]
         write_check(module, input_shape, path, batch=batch, seed=seed, tolerance=tolerance)
 
     def measure(

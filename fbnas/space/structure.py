@@ -37,6 +37,14 @@ class Rounding(nn.Module):
         return rounded * self.step
 
 
+def rounds(network: nn.Module) -> bool:
+    """Whether a network rounds feature maps.
+
+    Where sums are not exact, another order of them then moves a map by a whole step here and there.
+    """
+    return any(isinstance(module, Rounding) for module in network.modules())
+
+
 def factored(layer: nn.Conv2d | nn.Linear, rank: int) -> nn.Sequential:
     """Return two layers in the place of one, their weights still to be given.
 

@@ -93,7 +93,7 @@ def base(study: Study) -> None:
         architecture.save(file)
     for seed in study.options.seeds:
         folder = study.base(seed)
-        if (folder / "result.json").is_file():
+        if (folder / "first.safetensors").is_file():
             continue
         options = [
             f"architecture={file}",
@@ -143,7 +143,7 @@ def try_all(study: Study, work: Sequence[tuple[Trial, int]]) -> None:
     for trial, seed in work:
         if is_known(rows_of(study.rows), trial=trial.name, seed=seed):
             continue
-        if not (study.base(seed) / "result.json").is_file():
+        if not (study.base(seed) / "first.safetensors").is_file():
             raise SystemExit(f"{study.base(seed)} is not trained; expected --steps base before.")
         print(f"\n== {trial.name}, seed {seed}", flush=True)
         started, refused = time.monotonic(), ""
