@@ -129,6 +129,7 @@ def _quieten() -> None:
         "absl",
         "onnxscript",
         "lightning_fabric",
+        "lightning_fabric.utilities.rank_zero",  # the package sets its own level when imported
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
 

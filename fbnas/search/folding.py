@@ -22,6 +22,7 @@ class Folded:
 
     def __init__(self, part: nn.Module, *, fold: bool = True) -> None:
         self.part = deepcopy(part).eval()
+        self.given: Sequence[Tensor] | None = None  # that it is folded by
         norms = tracked(self.part)
         self.places = {norm: 2 * number for number, norm in enumerate(norms)}
         self.pairs = [(conv, deepcopy(conv), norm) for conv, norm in _pairs(self.part) if fold]
@@ -40,7 +41,14 @@ class Folded:
 
         Args:
             statistics: mean and variance of each batch normalisation in turn, each (channels,).
+                Those of the call before, the same object, cost nothing.
         """
+        if statistics is not self.given:
+            self._fold(statistics)
+            self.given = statistics
+        return self.part(features)
+
+    def _fold(self, statistics: Sequence[Tensor]) -> None:
         for norm in self.others:
             mean, variance = self._of(norm, statistics)
             assert norm.running_mean is not None
@@ -56,7 +64,6 @@ class Folded:
             assert conv.bias is not None
             conv.bias.copy_(shift * scale if norm.bias is None else shift * scale + norm.bias)
             conv.weight.copy_(before.weight * scale.view(-1, *[1] * (before.weight.dim() - 1)))
-        return self.part(features)
 
     def _of(self, norm: _BatchNorm, statistics: Sequence[Tensor]) -> Sequence[Tensor]:
         place = self.places[norm]

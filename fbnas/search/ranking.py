@@ -108,6 +108,7 @@ class SharedWeightsJudge:
         self.held_out = _some(theta_images, held_out_images, seed)
         self.known: dict[Path, tuple[float, float]] = {}  # cross-entropy, accuracy
         self.folded: dict[tuple[int, int], Folded] = {}  # by depth and choice
+        self.own: dict[tuple[int, int], list[Tensor]] = {}  # likewise
 
     def __call__(self, architectures: Sequence[Architecture]) -> list[Ranked]:
         """Return the architectures best first; those judged before cost nothing.
@@ -133,12 +134,11 @@ class SharedWeightsJudge:
             statistics = self._statistics(paths, advance) if len(self.calibration) else None
 
             def run(steps: Path, part: nn.Module, features: Tensor) -> Tensor:
-                if statistics is None:
-                    return part(features)
                 place = (len(steps), steps[-1])
+                found = self._own(place, part) if statistics is None else statistics[steps]
                 if place not in self.folded:  # built once for all that come to it
-                    self.folded[place] = folded(part, features, statistics[steps])
-                return self.folded[place](features, statistics[steps])
+                    self.folded[place] = folded(part, features, found)
+                return self.folded[place](features, found)
 
             # of cross-entropy and right answers; on the device, so that no network waits for them
             sums = torch.zeros(len(paths), 2, dtype=torch.double, device=self.device)
@@ -192,6 +192,10 @@ class SharedWeightsJudge:
                 features.append(run(steps[: depth + 1], part, features[-1]))
             before = steps
             yield self.supernet.classifier(features[-1])
+
+    def _own(self, place: tuple[int, int], part: nn.Module) -> list[Tensor]:
+        """The statistics that the supernet itself holds; the same object at each call."""
+        return self.own.setdefault(place, _buffers(part))
 
     def _part(self, depth: int, choice: int) -> nn.Module:
         if depth == 0:
