@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fbnas.commands.candidates import SCREENING, drawn
+from fbnas.commands.candidates import drawn
 from fbnas.files import write_json
 from fbnas.search import ArchitectureDistribution, Limit, SharedWeightsJudge, read_supernet
 from fbnas.shipped import shipped_names
@@ -15,6 +15,7 @@ from fbnas.space import Architecture, SearchSpace
 from fbnas.training.data import Data
 
 FRONT = "front.json"
+JUDGED_BY = {"calibration_images": 64, "held_out_images": 512}
 RANDOM = 6  # networks a target, drawn uniformly within its budgets
 
 
@@ -66,7 +67,7 @@ def write_front(
         data,
         weights_fraction=weights_fraction,
         seed=seed,
-        **SCREENING,
+        **JUDGED_BY,
         device=device,
     )
     found = {r.architecture.blocks: r for r in judge([x for _, x in rows])}
