@@ -1,7 +1,7 @@
 """Searched, random, uniform and well-known networks: accuracy of int8 files by their latency.
 
     python scripts/results/measure.py WORK DATA [--dataset cifar|imagenette] [--seeds 0,1,2]
-        [--fractions 0.1,0.18,0.27,0.38,0.5] [--random 2] [--images N] [--epochs N]
+        [--fractions 0.1,0.18,0.27,0.38,0.5] [--random 1] [--images N] [--epochs N]
         [--train-epochs N] [--space NAME|PATH] [--processes 2] [--out DIR]
         [--steps table,search,choose,train,measure,report]
 
@@ -71,7 +71,7 @@ STEPS = ("table", "search", "choose", "train", "measure", "report")
 SHARED = ("search", "train")  # by several processes
 WIDTHS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.4)
 FIXED = ("dataset", "space", "fractions", "random", "least", "images", "epochs", "train_epochs")
-DRAWN = 3  # random networks that are measured for each that is kept
+DRAWN = 6  # random networks that are measured for each that is kept
 AUGMENT = {"flip": True}
 PRESETS = {
     "cifar": {
@@ -497,7 +497,7 @@ def main() -> None:
     add("--part", default="0/1", help="this part of so many, from 0, of search and train")
     add("--seeds", default="0,1,2", help="each with a search and trainings of its own")
     add("--fractions", default="0.1,0.18,0.27,0.38,0.5", help="a budget each")
-    add("--random", type=int, default=2, help="random networks a budget and seed")
+    add("--random", type=int, default=1, help="random networks a budget and seed")
     add("--least", type=float, default=0.97, help="of the budget, that all these cost")
     add("--space", help="name or path of the search space")
     add("--images", type=int, help="training images, those that validate included")
