@@ -78,7 +78,7 @@ PRESETS = {
         "space": str(HERE.parent / "cross_device" / "space.yaml"),
         "images": 4000,
         "epochs": 40,
-        "train_epochs": 12,
+        "train_epochs": 8,
         "batch": 64,
     },
     "imagenette": {
