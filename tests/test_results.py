@@ -139,3 +139,22 @@ def test_the_page_is_written(
     assert capsys.readouterr().out.strip() == page.strip()
     assert len(pd.read_csv(tmp_path / "result.csv")) == 16
     assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "places"),
+    [
+        ((0.1, 0.3, 0.9, 1.0, 2.9, 3.5), (1, 3, 5)),
+        ((1.2, 1.3, 5.0, 6.0), (0, 1, 2)),  # none is below the smallest budget
+        ((0.1, 0.2, 0.3, 0.4), (1, 2, 3)),  # none is above the smallest
+    ],
+)
+def test_widths_bracket_the_budgets(
+    latency_ms: tuple[float, ...], places: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra studies is not installed")
+    monkeypatch.syspath_prepend(HERE)
+    measure = script("measure")
+    widths = [measure.Contender("family", str(i)) for i in range(len(latency_ms))]
+    chosen = measure.bracket(widths, latency_ms, [0.5, 1.1, 3.0])
+    assert tuple(int(one.name) for one in chosen) == places

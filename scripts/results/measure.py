@@ -1,7 +1,7 @@
 """Searched, random, uniform and well-known networks: accuracy of int8 files by their latency.
 
     python scripts/results/measure.py WORK DATA [--dataset cifar|imagenette] [--seeds 0,1,2]
-        [--fractions 0.1,0.2,0.35,0.5,0.7] [--random 2] [--images N] [--epochs N]
+        [--fractions 0.1,0.18,0.27,0.38,0.5] [--random 1] [--images N] [--epochs N]
         [--train-epochs N] [--space NAME|PATH] [--processes 2] [--out DIR]
         [--steps table,search,choose,train,measure,report]
 
@@ -21,8 +21,9 @@ Device: ONNX Runtime, int8, one thread of this machine. Everything is done once 
     report   OUT/result.csv, result.md and results.png
 
 WORK keeps it all: the same command continues, steps may be run one at a time. `search` and `train`
-run in so many `--processes`; `--part i/n` runs one of n parts alone, for other machines. Options
-without a default follow from the data set (PRESETS).
+run in so many `--processes`; `--part i/n` runs one of n parts alone. Options without a default
+follow from the data set (PRESETS). More seeds may be added in the same WORK, other changes to what
+is compared want another one.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from torch import nn
 
 from fbnas.compression import calibration_images
 from fbnas.export import accuracy_of_file, export_file
+from fbnas.files import read_json, write_json
 from fbnas.latency import Device, LatencyTable, Measurement
 from fbnas.latency.profiling import enliven_, one_torch_thread
 from fbnas.search import Band, Learned, SearchSettings, draw_within, most_probable_within
@@ -68,14 +70,15 @@ HERE = Path(__file__).parent
 STEPS = ("table", "search", "choose", "train", "measure", "report")
 SHARED = ("search", "train")  # by several processes
 WIDTHS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.4)
-DRAWN = 3  # random networks that are measured for each that is kept
+FIXED = ("dataset", "space", "fractions", "random", "least", "images", "epochs", "train_epochs")
+DRAWN = 6  # random networks that are measured for each that is kept
 AUGMENT = {"flip": True}
 PRESETS = {
     "cifar": {
         "space": str(HERE.parent / "cross_device" / "space.yaml"),
         "images": 4000,
         "epochs": 40,
-        "train_epochs": 12,
+        "train_epochs": 8,
         "batch": 64,
     },
     "imagenette": {
@@ -251,19 +254,23 @@ def known_networks(study: Study) -> list[Contender]:
 def bracket(
     widths: Sequence[Contender], latency_ms: Sequence[float], budgets: Sequence[float]
 ) -> list[Contender]:
-    """Below the smallest budget, nearest to the middle one, above the largest; as far as they go.
+    """Three: below the smallest budget, nearest to the middle one, above the largest.
+
+    Where a family does not go that far, its fastest or slowest; others near the middle fill up.
 
     Args:
-        widths: from the narrowest on.
+        widths: from the narrowest on, at least three.
         latency_ms: of each.
         budgets: in ms, ascending.
     """
     places = range(len(widths))
     lowest = max((i for i in places if latency_ms[i] <= budgets[0]), default=0)
     highest = min((i for i in places if latency_ms[i] >= budgets[-1]), default=len(widths) - 1)
-    between = range(lowest + 1, highest) or places
-    middle = min(between, key=lambda i: abs(latency_ms[i] - budgets[len(budgets) // 2]))
-    return [widths[i] for i in sorted({lowest, middle, highest})]
+    middle_ms = budgets[len(budgets) // 2]
+    others = sorted(set(places) - {lowest, highest}, key=lambda i: abs(latency_ms[i] - middle_ms))
+    between = [i for i in others if lowest < i < highest]
+    chosen = list(dict.fromkeys([lowest, highest, *between[:1], *others]))[:3]
+    return [widths[i] for i in sorted(chosen)]
 
 
 def own_networks(study: Study, seed: int) -> list[Contender]:
@@ -438,6 +445,17 @@ def report(study: Study) -> None:
     write_page(result, rows_of(study.work / "seconds.csv"), about, options.out)
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse a WORK that was begun with other options: its rows would not belong together."""
+    record, own = options.work / "options.json", {name: getattr(options, name) for name in FIXED}
+    if not record.is_file():
+        write_json(record, own)
+    begun = read_json(record)
+    if begun != own:
+        other = {name: begun[name] for name in FIXED if begun[name] != own[name]}
+        sys.exit(f"{options.work} was begun with {other}; expected the same, or another folder")
+
+
 ACTIONS: dict[str, Callable[[Study], None]] = dict(
     zip(STEPS, (table, search, choose, train_all, measure, report), strict=True)
 )
@@ -478,8 +496,8 @@ def main() -> None:
     add("--processes", type=int, default=2, help="for search and train")
     add("--part", default="0/1", help="this part of so many, from 0, of search and train")
     add("--seeds", default="0,1,2", help="each with a search and trainings of its own")
-    add("--fractions", default="0.1,0.2,0.35,0.5,0.7", help="a budget each")
-    add("--random", type=int, default=2, help="random networks a budget and seed")
+    add("--fractions", default="0.1,0.18,0.27,0.38,0.5", help="a budget each")
+    add("--random", type=int, default=1, help="random networks a budget and seed")
     add("--least", type=float, default=0.97, help="of the budget, that all these cost")
     add("--space", help="name or path of the search space")
     add("--images", type=int, help="training images, those that validate included")
@@ -497,6 +515,7 @@ def main() -> None:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.out = options.out or HERE / options.dataset
+    check_options(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     space = SearchSpace.load(options.space)

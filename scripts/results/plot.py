@@ -8,7 +8,6 @@ from compare import FAMILY, RANDOM, SEARCHED, UNIFORM
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 # Okabe and Ito's colours, which the colour-blind tell apart; every family has a marker besides.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.6"
@@ -42,18 +41,13 @@ def draw(result: pd.DataFrame, path: Path) -> None:
     searched = means(result[result.kind == SEARCHED], "fraction").sort_values("ms")
     bars(axes, searched, BLUE, "o", line="-", width=2.2)
     note(axes, "searched", searched.iloc[-1], BLUE, size=11)
-    axes.set_xscale("log")
-    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        which(ScalarFormatter())
     low, high = axes.get_xlim()
-    if high / low > 5:  # many ticks would overlap
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(low, high * 1.15)  # room for the labels
+    axes.set_xlim(low, high + 0.12 * (high - low))  # room for the labels
     axes.set_xlabel("measured latency of the int8 file, ms")
     axes.set_ylabel("test accuracy of the int8 file, %")
     axes.set_title("Mean over seeds; bars: deviation over seeds", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
