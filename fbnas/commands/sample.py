@@ -27,7 +27,6 @@ from fbnas.files import write_yaml
 from fbnas.search import (
     Learned,
     Limit,
-    best_within,
     check_budget,
     check_limits,
     most_probable_within,
@@ -111,7 +110,16 @@ def _best(
     data: Data | None,
 ) -> list[Architecture]:
     """The most probable within the budgets, or the best of many by the shared weights."""
-    best = _most_probable(target, limits, config["count"])
+    latency, *others = limits
+    best = most_probable_within(
+        target.distribution.probabilities(),
+        latency.cost,
+        budget_ms=latency.budget if latency.bounded else None,
+        base_ms=latency.base,
+        count=config["count"],
+        space=target.distribution.space,
+        limits=others,
+    )
     if config["rank"] == "probability":
         return best
     assert data is not None
@@ -128,22 +136,3 @@ def _best(
         seed=config["seed"],
         device=choose_device(config["training"]["device"]),
     )
-
-
-def _most_probable(target: Learned, limits: tuple[Limit, ...], count: int) -> list[Architecture]:
-    """First what use at least `LEAST_USED` of the budget, as `search` says; then the others."""
-    theta, (latency, *others) = target.distribution, limits
-    best = best_within(theta, limits, count=count)
-    if len(best) == count:
-        return best
-    everyone = most_probable_within(
-        theta.probabilities(),
-        latency.cost,
-        budget_ms=latency.budget if latency.bounded else None,
-        base_ms=latency.base,
-        count=count,
-        space=theta.space,
-        limits=others,
-    )
-    known = {architecture.blocks for architecture in best}
-    return [*best, *(a for a in everyone if a.blocks not in known)][:count]

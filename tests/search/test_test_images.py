@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,8 +123,9 @@ def test_stages_look_once_all_is_decided(tmp_path: Path, monkeypatch: pytest.Mon
     data = replace(small_digits(), load_test=load_test)
     save_network(tmp_path / "train", network(), card(data))
 
-    def no_pruning(*_: Any, **__: Any) -> None:
+    def no_pruning(*_: Any, **__: Any) -> SimpleNamespace:
         shutil.copytree(tmp_path / "train", tmp_path / "pruned")
+        return SimpleNamespace(after=SimpleNamespace(dense_bytes=1000, stored_bytes=1000))
 
     monkeypatch.setattr(stages, "compress_and_save", no_pruning)
     device = Stopwatch(ratio=0.9)
