@@ -182,7 +182,8 @@ def test_sample_gives_the_most_probable_within_the_budget(stand: Run, tmp_path: 
         yaml.safe_load((tmp_path / "t" / "architectures" / f"0{i}.yaml").read_text())
         for i in (1, 2)
     ]
-    assert pair[0]["shared_weights_cross_entropy"] <= pair[1]["shared_weights_cross_entropy"]
+    ranks = [(-x["shared_weights_accuracy"], x["shared_weights_cross_entropy"]) for x in pair]
+    assert ranks == sorted(ranks)
 
 
 def test_train_compress_export_evaluate_by_hand(stand: Run, tmp_path: Path, digits: Data) -> None:
