@@ -4,15 +4,17 @@ A table measured and mended by whole networks, files of networks, a search that 
 that survive an interrupt, and what a page must say of the machine.
 """
 
+import argparse
 import datetime
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -29,6 +31,7 @@ from fbnas.space import Architecture, SearchSpace, build_network
 from fbnas.training import Data
 
 ROOT = Path(__file__).parents[1]
+Study = TypeVar("Study")
 
 
 def calibrated_table(
@@ -127,6 +130,25 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
     with path.open("a") as file:
         file.write(frame.to_csv(header=False, index=False, float_format="%.6g"))
+
+
+def steps_asked(parser: argparse.ArgumentParser, given: str, actions: Collection[str]) -> list[str]:
+    """Read --steps; an unknown one ends the script with a line that names all."""
+    steps = given.split(",")
+    for step in steps:
+        if step not in actions:
+            parser.error(f"--steps {step}; expected of {', '.join(actions)}")
+    return steps
+
+
+def take(
+    steps: Sequence[str], actions: Mapping[str, Callable[[Study], None]], study: Study
+) -> None:
+    """Take the steps in turn, and print how long each took."""
+    for step in steps:
+        started = time.monotonic()
+        actions[step](study)
+        print(f"{step}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 def part_of(work: Sequence[Any], part: str) -> list[Any]:

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import select
 import shlex
 import sys
 import traceback
@@ -82,15 +83,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first():
             print(_how_to_resume(command, overrides, config.get("out")), file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone, as in `fbnas search --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is it told at the end
-        return UNREAD
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return UNREAD
         if error.filename is None and error.errno is None:
             traceback.print_exc()
             return FAILED
         where = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{where}{error.strerror}; free space or give a folder that can be written.")
+
+
+def _is_unread() -> bool:
+    """Whether the reader of the output has gone, as in `fbnas search --help | head`.
+
+    Then nothing is written to it at the end either. Other pipes may break too: to a converter, say.
+    """
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 class _Lines(logging.Handler):

@@ -32,10 +32,9 @@ CHOICES = {
     "init": ("scratch", "supernet"),
 }
 # Of many candidates the first ranking takes few images, and the supernet's own statistics of batch
-# normalisation. In the space of scripts/ground_truth (five seeds) the Kendall correlation with the
-# truth within a budget was 0.39 by so many, 0.46 by 512; with statistics from 64 images 0.37 and
-# 0.41. Of 40 networks of fbnet_cifar at 16x16 (900 steps, one seed), with the ranking by all: 0.51,
-# 0.56; with statistics 0.52, 0.55.
+# normalisation. The Kendall correlation with the truth within a budget is 0.39 by so many, 0.46 by
+# 512; with statistics from 64 images 0.37 and 0.41, from 512 and by all 0.46. The best of the first
+# quarter then has a regret of 0.25 points, by all 0.20 (scripts/ground_truth/screening.py).
 SCREENING = {"calibration_images": 0, "held_out_images": 256}
 FINALISTS = 20  # that are ranked by all images
 ROUNDS = 5  # of evolution: the first draws, and so many generations less one

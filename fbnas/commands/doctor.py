@@ -105,11 +105,16 @@ def _memory_gb() -> float:
 
 def _packages(say: Say) -> dict[str, str]:
     """Print and return the version of every package that fbnas asks for, extras included."""
+    try:
+        requirements = importlib.metadata.requires("fbnas") or []
+    except importlib.metadata.PackageNotFoundError:
+        say("- fbnas is run from its source and not installed: what it asks for is not known")
+        return {}
     say("")
     say("| package | here | fbnas asks for |")
     say("|---|---|---|")
     versions: dict[str, str] = {}
-    for requirement in importlib.metadata.requires("fbnas") or []:
+    for requirement in requirements:
         name, bounds, extra = _parts(requirement)
         if name in versions or extra == TOOLS:
             continue

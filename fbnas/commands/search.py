@@ -1,5 +1,6 @@
 """fbnas search: theta and the shared weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fbnas.commands.budgets import budgets_of, budgets_text, check_objective, predicted_text
@@ -10,13 +11,14 @@ from fbnas.commands.processes import check_fabric, fabric_of, is_first
 from fbnas.commands.targets import build_targets, say_doubts, targets_asked
 from fbnas.search import (
     ArchitectureDistribution,
+    Limit,
     SearchSettings,
     Target,
     best_within,
     build_objective,
     search,
 )
-from fbnas.space import Architecture, SearchSpace
+from fbnas.space import Architecture
 from fbnas.training.settings import choose_device
 
 
@@ -48,18 +50,16 @@ def main(config: dict[str, Any]) -> int:
     )
     if not fabric.is_global_zero:
         return 0
+    limits = [target.limits(space, data.classes) for target in targets]
     chosen = [
-        _chosen(space, target, theta, data.classes)
-        for target, theta in zip(targets, result.distributions, strict=True)
+        Chosen(_chosen(target, costs, theta), costs, theta)
+        for target, costs, theta in zip(targets, limits, result.distributions, strict=True)
     ]
     if len({each.resolution for each in spaces}) == 1:  # else what they see is not comparable
         write_front(
             out.folder,
             spaces[0],
-            [
-                Chosen(best, target.limits(space, data.classes), theta)
-                for best, target, theta in zip(chosen, targets, result.distributions, strict=True)
-            ],
+            chosen,
             data,
             weights_fraction=settings.weights_fraction,
             seed=config["seed"],
@@ -68,27 +68,26 @@ def main(config: dict[str, Any]) -> int:
     print(f"{out.folder}: next, fbnas sample run={out.folder} count=5")
     out.finish(
         space=space.name,
-        architecture=list(chosen[0].blocks),
-        predicted_latency_ms=chosen[0].provenance["predicted_latency_ms"],
+        architecture=list(chosen[0].architecture.blocks),
+        predicted_latency_ms=chosen[0].architecture.provenance["predicted_latency_ms"],
         target_ms=targets[0].budget_ms,
         targets=[
             {
-                "architecture": list(best.blocks),
+                "architecture": list(each.architecture.blocks),
                 **({} if target.resolution is None else {"resolution": target.resolution}),
-                **budgets_of(target.limits(space, data.classes)),
-                **best.provenance,
+                **budgets_of(each.limits),
+                **each.architecture.provenance,
             }
-            for best, target in zip(chosen, targets, strict=True)
+            for each, target in zip(chosen, targets, strict=True)
         ],
     )
     return 0
 
 
 def _chosen(
-    space: SearchSpace, target: Target, theta: ArchitectureDistribution, classes: int
+    target: Target, limits: Sequence[Limit], theta: ArchitectureDistribution
 ) -> Architecture:
     """Print and return the most probable architecture within a target's budgets."""
-    limits = target.limits(space, classes)
     best = best_within(theta, limits, count=1)[0]
     at = "" if target.resolution is None else f" at {target.resolution} pixels"
     print(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.heads import head_on
@@ -18,8 +19,17 @@ from fbnas.commands.teachers import (
 from fbnas.errors import InputError
 from fbnas.files import write_yaml
 from fbnas.search import read_result, read_supernet
-from fbnas.space import Architecture, Network, SearchSpace, build_network, count, save_network
+from fbnas.space import (
+    Architecture,
+    Network,
+    NetworkCard,
+    SearchSpace,
+    build_network,
+    count,
+    save_network,
+)
 from fbnas.space.heads import FrozenBackbone
+from fbnas.training.data import Data
 from fbnas.training.evaluation import evaluate
 from fbnas.training.loop import TrainingResult, train
 from fbnas.training.reading import wait_words
@@ -57,19 +67,8 @@ def main(config: dict[str, Any]) -> int:
     card = card_for(space, architecture, data)
     save_network(out.folder, result.network, card)
     write_yaml(out.folder / "space.yaml", space.to_dict())
-    _, accuracy = evaluate(result.network, data.test, mean=data.mean, std=data.std)
-    found = count(result.network, card.input_shape)
-    print(describe(result, accuracy, out.folder))
-    out.finish(
-        space=space.name,
-        architecture=list(architecture.blocks),
-        accuracy_top1=accuracy,
-        validation_accuracy=result.validation_accuracy,
-        best_epoch=result.best_epoch,
-        params=found.params,
-        macs=found.macs,
-        predicted_latency_ms=architecture.provenance.get("predicted_latency_ms"),
-    )
+    predicted_ms = architecture.provenance.get("predicted_latency_ms")
+    _finish(out, result, result.network, card, data, predicted_latency_ms=predicted_ms)
     return 0
 
 
@@ -87,8 +86,20 @@ def _train_head(config: dict[str, Any], settings: TrainingSettings) -> int:
         on_epoch=report_epoch(settings.epochs),
     )
     assert isinstance(result.network, FrozenBackbone)
-    network = result.network.network
-    save_network(out.folder, network, card)
+    save_network(out.folder, result.network.network, card)
+    _finish(out, result, result.network.network, card, data)
+    return 0
+
+
+def _finish(
+    out: OutFolder,
+    result: TrainingResult,
+    network: nn.Module,
+    card: NetworkCard,
+    data: Data,
+    **more: Any,
+) -> None:
+    """Judge a trained network on the test images, say it, and write result.json."""
     _, accuracy = evaluate(network, data.test, mean=data.mean, std=data.std)
     found = count(network, card.input_shape)
     print(describe(result, accuracy, out.folder))
@@ -100,8 +111,8 @@ def _train_head(config: dict[str, Any], settings: TrainingSettings) -> int:
         best_epoch=result.best_epoch,
         params=found.params,
         macs=found.macs,
+        **more,
     )
-    return 0
 
 
 def start(

@@ -50,10 +50,11 @@ def predicted_matrix(run: Run) -> Matrix | None:
     if search is None or len(targets) != len(search.targets):
         return None
     names = [target.table for target in search.targets]
-    devices = tuple(dict.fromkeys(names))
-    if len(devices) < 2:
+    first = search.first_of_table  # a target with the device's costs
+    devices = tuple(first)
+    sides = {target.get("resolution") for target in targets}
+    if len(devices) < 2 or len(sides) > 1:  # what a table says holds for one resolution
         return None
-    first = {device: names.index(device) for device in devices}  # a target with the device's costs
     nth = [names[:i].count(name) for i, name in enumerate(names)]  # among those of its table
     ms_of = {
         (i, j): search.predicted_ms(target["architecture"], first[device])

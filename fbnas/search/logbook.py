@@ -315,9 +315,7 @@ class Learned:
     """
 
     def __init__(self, space: SearchSpace, target: dict[str, Any], *, classes: int) -> None:
-        self.resolution: int | None = target.get(
-            "resolution"
-        )  # older searches knew but the space's
+        self.resolution: int | None = target.get("resolution")  # older searches wrote none
         space = space.at(self.resolution)
         self.budget_ms: float | None = target["budget_ms"]
         self.base_ms: float = target["base_ms"]

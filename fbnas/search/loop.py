@@ -279,7 +279,7 @@ class Loop:
         """Draw the target at whose resolution, and on whose paths, the weights are trained."""
         resolutions = {learner.distribution.space.resolution for learner in self.learners}
         if self.uniform_paths(epoch) and len(resolutions) == 1:
-            return self.learners[0]  # nothing of it is used
+            return self.learners[0]  # only its resolution is used, which is everyone's
         return self.learners[int(torch.randint(len(self.learners), ()))]
 
     def uniform_paths(self, epoch: int) -> bool:

@@ -195,7 +195,9 @@ class SharedWeightsJudge:
 
     def _own(self, place: tuple[int, int], part: nn.Module) -> list[Tensor]:
         """The statistics that the supernet itself holds; the same object at each call."""
-        return self.own.setdefault(place, _buffers(part))
+        if place not in self.own:
+            self.own[place] = _buffers(part)
+        return self.own[place]
 
     def _part(self, depth: int, choice: int) -> nn.Module:
         if depth == 0:

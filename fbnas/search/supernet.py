@@ -135,9 +135,9 @@ class Supernet(nn.Module):
         self.classifier = classifier(space, classes)
         initialise_(self)
         for layer, mixed in zip(space.layers, self.layers, strict=True):
-            if layer.stride != 1 or layer.in_channels != layer.out_channels:
+            if not layer.keeps_shape:
                 assert isinstance(mixed, MixedBlock)
-                align_(list(mixed.branches.values()))
+                align_(mixed.branches.values())
 
     def forward(
         self,

@@ -46,7 +46,7 @@ from fbnas.space.network import save_weights
 from fbnas.training import Data
 
 sys.path.append(str(Path(__file__).parents[1]))
-from steps import append_rows, is_known, part_of, rows_of
+from steps import append_rows, is_known, part_of, rows_of, steps_asked, take
 
 HERE = Path(__file__).parent
 SPACE = HERE.parent / "cross_device" / "space.yaml"
@@ -304,10 +304,7 @@ def main() -> None:
     options.work = options.work.absolute()
     options.cifar = options.cifar.absolute()
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
-    steps = options.steps.split(",")
-    for step in steps:
-        if step not in ACTIONS:
-            parser.error(f"--steps {step}; expected of {', '.join(ACTIONS)}")
+    steps = steps_asked(parser, options.steps, ACTIONS)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(options.threads)
     space, config = (
@@ -315,10 +312,7 @@ def main() -> None:
         compose("compress", ["model=.", *data_options(options)]),
     )
     study = Study(options, data_for(config, space))
-    for step in steps:
-        started = time.monotonic()
-        ACTIONS[step](study)
-        print(f"{step}: {time.monotonic() - started:.0f} s", flush=True)
+    take(steps, ACTIONS, study)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ from steps import (
     rows_of,
     searched,
     spread,
+    steps_asked,
     table_words,
+    take,
     target_at,
 )
 
@@ -522,18 +524,14 @@ def main() -> None:
     add("--threads", type=int, default=1, help="of torch")
     add("--device", default="epyc", help="name of this machine")
     options = parser.parse_args()
+    steps = steps_asked(parser, options.steps, ACTIONS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     space = SearchSpace.load(SPACE)
     path, limit = str(options.cifar), options.images
     data = load_data("huggingface", path=path, resize=True, space=space, limit=limit)
     study = Study(options, space, data, Device(name=options.device))
-    for step in options.steps.split(","):
-        if step not in ACTIONS:
-            parser.error(f"--steps {step}; expected of {', '.join(STEPS)}")
-        started = time.monotonic()
-        ACTIONS[step](study)
-        print(f"{step}: {time.monotonic() - started:.0f} s", flush=True)
+    take(steps, ACTIONS, study)
 
 
 if __name__ == "__main__":

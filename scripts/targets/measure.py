@@ -32,7 +32,7 @@ import torch
 from fbnas.commands.evaluate import LEAST_TOLERANCE
 from fbnas.latency import Device, LatencyTable
 from fbnas.latency.profiling import require_same_device
-from fbnas.search import LEAST_USED, SearchSettings, highest_within, most_probable_within
+from fbnas.search import LEAST_USED, SearchSettings, best_within, highest_within
 from fbnas.space import Architecture, SearchSpace
 from fbnas.training import Data, load_data
 
@@ -111,16 +111,7 @@ def select(case: Case, table: LatencyTable, seed: int, fractions: list[float]) -
     rows = []
     for fraction, one in zip(fractions, learned, strict=True):
         assert one.budget_ms is not None
-        best = most_probable_within(
-            one.distribution.probabilities(),
-            one.latency_ms,
-            budget_ms=one.budget_ms,
-            base_ms=one.base_ms,
-            count=1,
-            space=case.space,
-            limits=one.limits[1:],
-            least_used=LEAST_USED,
-        )[0]
+        best = best_within(one.distribution, one.limits, count=1)[0]
         rows.append(
             {
                 "space": case.space.name,

@@ -264,3 +264,14 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
             text=True,
         )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("fbnas.commands.count.main", broken)
+    assert main(["count", "architecture=fbnet_a"]) == 2
+    assert "Broken pipe" in capfd.readouterr().err
