@@ -1,11 +1,12 @@
 """A network's tensors in as few bytes as they need, read back bit for bit.
 
-What a tensor is is read from its values, and it is stored in the smallest of four forms:
+What a tensor is is read from its values, and it is stored in the smallest of five forms:
 
     dense          its bytes as they are
     shared         a codebook of the values that occur, and coded indices into it
     sparse         coded relative positions of what is not zero, and its values as they are
     sparse_shared  coded relative positions, a codebook, and coded indices
+    grid           a scale per channel and coded levels, its multiples: weights trained for few bits
 
 Relative positions are those of Han et al. 2016 (arXiv 1510.00149, section 2): the zeros before each
 weight in a fixed number of bits, with filler zeros where more come. Here the largest number of so
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fbnas.compression.coding import MOST_SYMBOLS, Coder, coder
+from fbnas.compression.grids import Grid, find_grid
 from fbnas.errors import InputError
 from fbnas.files import atomic_write
 from fbnas.space.network import Network, NetworkCard, load_network, load_tensors_
@@ -57,14 +59,14 @@ class PackedTensor:
     """How a tensor is stored.
 
     Args:
-        form: dense, shared, sparse or sparse_shared.
+        form: dense, shared, sparse, sparse_shared or grid.
         kept: values that are stored: those that are not zero, or all.
-        clusters: length of the codebook, 0 without one.
+        clusters: length of the codebook, 0 without one; of a grid the number of its levels.
         gap_bits: of a relative position, 0 where all values are stored.
         gaps: relative positions, fillers included.
         columns: whether positions go through columns, then rows.
-        position_bytes, index_bytes, value_bytes: sizes of the parts; values are the codebook or
-            what is stored as it is.
+        position_bytes, index_bytes, value_bytes: sizes of the parts; values are the codebook, the
+            scales of a grid, or what is stored as it is.
     """
 
     name: str
@@ -236,6 +238,9 @@ def _plans(row: PackedTensor, bits: np.ndarray, coder: Coder) -> Iterator[tuple[
     if codebook is not None:
         estimate = _indexed_bits(bits, codebook, coder)
         yield estimate, partial(_shared, row, bits, codebook, coder)
+    if (grid := _grid(row, bits)) is not None:
+        counts = np.bincount((grid.levels + grid.highest).reshape(-1))
+        yield coder.bits(counts) + 8 * grid.scales.nbytes, partial(_gridded, row, grid, coder)
     if bits.all():
         return
     stored = bits[bits != 0]
@@ -259,6 +264,22 @@ def _shared(
         replace(row, form="shared", clusters=len(codebook)),
         indices=coder.encode(np.searchsorted(codebook, bits), len(codebook)),
         values=codebook.tobytes(),
+    )
+
+
+def _grid(row: PackedTensor, bits: np.ndarray) -> Grid | None:
+    """Return the grid of weights that lie on one: float32 tensors of several dimensions alone."""
+    if row.dtype != "float32" or len(row.shape) < 2 or not len(bits):
+        return None
+    return find_grid(bits.view(np.float32).reshape(row.shape[0], -1))
+
+
+def _gridded(row: PackedTensor, grid: Grid, coder: Coder) -> tuple[PackedTensor, bytes]:
+    levels = 2 * grid.highest + 1
+    return _with_parts(
+        replace(row, form="grid", clusters=levels),
+        indices=coder.encode((grid.levels + grid.highest).reshape(-1), levels),
+        values=grid.scales.tobytes(),
     )
 
 
@@ -336,7 +357,12 @@ def _unpacked(row: PackedTensor, parts: bytes, coder: Coder) -> Tensor:
     indices_at = row.position_bytes
     values_at = indices_at + row.index_bytes
     stored = np.frombuffer(parts[values_at:], unsigned)
-    if row.clusters:
+    if row.form == "grid":
+        highest = row.clusters // 2
+        levels = coder.decode(parts[:values_at], row.kept, row.clusters) - highest
+        grid = Grid(levels.reshape(row.shape[0], -1), stored.view(np.float32), highest)
+        stored = grid.weights().reshape(-1).view(unsigned)
+    elif row.clusters:
         stored = stored[coder.decode(parts[indices_at:values_at], row.kept, row.clusters)]
     if row.gap_bits:
         filler = (1 << row.gap_bits) - 1

@@ -45,8 +45,9 @@ class QAT(Method):
     channel's grid is what its weights share.
 
     Args:
-        weight_bits: 2 to 8; fewer than 8 are stored in int8, which every runtime executes. 7 is for
-            x86 CPUs without VNNI, whose sums saturate at 16 bits.
+        weight_bits: 2 to 8; fewer than 8 are int8 in the file, which every runtime executes, and
+            take their own bits in packed weights. 7 is for x86 CPUs without VNNI, whose sums
+            saturate at 16 bits.
         per_channel: one weight scale per output channel instead of one per tensor.
         calibration_images: how many training images are shown, in a seeded random choice.
         ranges: minmax, or percentile, which cuts outliers off.

@@ -114,6 +114,7 @@ def common(study: Study, seed: int, folder: Path) -> list[str]:
     return [
         *data_options(options),
         "training.augment.flip=true",
+        "training.augment.crop_padding=2",
         f"seed={seed}",
         f"out={folder}",
     ]

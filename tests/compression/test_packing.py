@@ -27,6 +27,7 @@ from fbnas.compression.coding import CODERS, LONGEST, coder, huffman_lengths
 from fbnas.compression.packing import MAGIC, _gaps
 from fbnas.compression.weight_sharing import share_
 from fbnas.errors import InputError
+from fbnas.latency.fake_quantization import rounded_weight
 from fbnas.space import save_network
 
 STREAMS = [(n, k) for n in (0, 1, 2, 300, 20_000) for k in (1, 2, 7, 256, 1000)]
@@ -154,6 +155,25 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(name: str) -> None:
 def test_a_ternary_network_needs_its_entropy_only() -> None:
     weight = awkward_tensors()["ternary"].repeat(8, 1, 1, 1)
     assert len(pack({"w": weight}, "arithmetic")) < weight.numel() * math.log2(3) / 8 + 150
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", sorted(CODERS))
+def test_weights_on_a_grid_take_their_bits_and_a_scale_a_channel(name: str, bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    latent = torch.randn(64, 32, 3, 3, generator=generator)
+    latent *= torch.rand(64, 1, 1, 1, generator=generator) + 0.1
+    latent[5] = 0  # a dead channel
+    weight = rounded_weight(latent, bits, per_channel=True)
+    data = pack({"w": weight, "almost": weight + 1e-6 * latent}, name)
+    found = unpack(data)
+    row, almost = describe(data)
+    assert row.form == "grid"
+    assert row.clusters == 2**bits - 1
+    assert row.bytes < (bits * weight.numel() + 32 * 64) / 8 + 2 * 2**bits
+    assert same_bits(found["w"], weight)
+    assert almost.form != "grid"
+    assert same_bits(found["almost"], weight + 1e-6 * latent)
 
 
 def test_a_matrix_is_gone_through_in_the_better_order() -> None:

@@ -15,7 +15,15 @@ from digits_network import Trained
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fbnas.compression import QAT, Rounded, compress_, quantize_file
+from fbnas.compression import (
+    QAT,
+    Rounded,
+    compress_,
+    describe,
+    pack,
+    quantize_file,
+    unpack,
+)
 from fbnas.compression.folding import fold_bn_
 from fbnas.compression.holding import weighted
 from fbnas.compression.method import Tools
@@ -73,6 +81,20 @@ def test_trained_is_no_worse_than_untrained(
     if rounded.ptq_accuracy != rounded.qat_accuracy:  # or cross-entropy decides
         assert rounded.form.method == ("qat" if found == rounded.qat_accuracy else "ptq")
     assert found >= accuracy(trained.network, trained.data) - 0.02
+
+
+def test_packed_it_takes_the_bits_that_it_was_trained_for(made: tuple[nn.Module, Rounded]) -> None:
+    network, rounded = made
+    data = pack(network)
+    forms = {row.name: row for row in describe(data)}
+    layers = {name: m for name, m in network.named_modules() if m in set(weighted(network))}
+    for name, layer in layers.items():
+        row = forms[f"{name}.weight"]
+        assert row.form in ("grid", "shared", "sparse_shared"), name
+        coded = 8 * row.index_bytes - 8 * row.clusters  # less the code's table
+        assert coded <= rounded.form.weight_bits * layer.weight.numel() + 64, name
+    found = unpack(data)
+    assert all(torch.equal(found[key], value) for key, value in network.state_dict().items())
 
 
 def test_the_file_computes_what_training_saw(
