@@ -1,5 +1,6 @@
 """An interrupted command that was at an int8 file measures its layers once."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ def test_layers_are_measured_once(
     assert main([*arguments, *quick, f"out={whole}"]) == 0
     once = list(measured)
     assert len(once) > 1
+    rows = list(csv.DictReader((whole / "int8_saves.csv").open()))
+    costs = [1e3 * float(row["saved_ms"]) for row in rows]
+    assert sum(costs) == pytest.approx(1000)  # what int8 saves of the whole, whatever of each
+    assert {row["left_in_float"] for row in rows} == {"false"}
+    page = (whole / "int8_saves.html").read_text()
+    assert page.count('<rect class="bar"') == len(rows)
+    assert "fp32 3 ms, int8 2 ms (noise 1.0 %): int8" in page
 
     judge = compress.accuracy_of_file
 

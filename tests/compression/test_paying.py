@@ -117,6 +117,13 @@ def test_the_mixed_file_is_the_fastest_of_all_that_could_be_written(
     fp32 = fp32_of(chain, tmp_path)
     layers, latencies = paying_layers(chain, fp32, chain.measure, folder=tmp_path)
     chosen = [name in layers for name in chain.layers]
+    found = {x.layer: (x.saved_ms, x.change_ms) for x in latencies.layer_costs}
+    assert tuple(found) == chain.layers
+    scale = latencies.int8_ms / chain.ms([False] * 11)  # the machine got slower
+    expected = np.array([*zip(chain.float_ms, [*chain.change_ms, 0.0], strict=True)])
+    ratios = np.array(list(found.values()))[:, 0] / expected[:, 0]
+    assert ratios == pytest.approx(ratios[0])
+    assert 0 < ratios[0] <= scale
     kept = {
         "mixed": chain.ms(chosen),
         "int8": chain.ms([False] * 11),
