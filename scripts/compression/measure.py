@@ -1,7 +1,7 @@
 """Every compression method at three strengths, and stacks: accuracy against bytes and latency.
 
     python scripts/compression/measure.py WORK CIFAR_FOLDER
-        [--images 10000] [--epochs 20] [--fine-tune 3] [--blocks k5_e1,k3_e3,...] [--seeds 0]
+        [--images 20000] [--epochs 12] [--fine-tune 2] [--blocks k5_e1,k3_e3,...] [--seeds 0]
         [--steps base,methods,stacks,timed,measure,report] [--part 0/1]
 
 Every row is a `fbnas compress` of the same trained network. Steps, in order:
@@ -31,6 +31,7 @@ import torch
 from plan import Trial, base_folder, trials
 from report import write_report
 
+from fbnas import training
 from fbnas.commands import compress, train
 from fbnas.commands.composition import compose
 from fbnas.commands.folder import holds_nothing
@@ -41,7 +42,7 @@ from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_onnx
 from fbnas.files import atomic_write, read_json
 from fbnas.latency import Device
-from fbnas.space import Architecture, SearchSpace, build_network
+from fbnas.space import Architecture, SearchSpace, build_network, save_network
 from fbnas.space.network import save_weights
 from fbnas.training import Data
 
@@ -114,7 +115,6 @@ def common(study: Study, seed: int, folder: Path) -> list[str]:
     return [
         *data_options(options),
         "training.augment.flip=true",
-        "training.augment.crop_padding=2",
         f"seed={seed}",
         f"out={folder}",
     ]
@@ -126,7 +126,9 @@ def data_options(options: argparse.Namespace) -> list[str]:
 
 
 def methods(study: Study) -> None:
-    untimed = [(t, s) for t, s in study.plan() if t.kind in ("none", "method") and not t.timed]
+    untimed = [
+        (t, s) for t, s in study.plan() if t.kind in ("none", "control", "method") and not t.timed
+    ]
     try_all(study, part_of(untimed, study.options.part))
 
 
@@ -172,8 +174,9 @@ def compressed(study: Study, trial: Trial, seed: int) -> None:
         InputError: the command refuses it.
     """
     folder = study.folder(trial, seed)
-    if trial.methods:
-        options = [
+    config = compose(
+        "compress",
+        [
             f"model={study.base(seed)}",
             f"method=[{','.join(trial.methods)}]",
             *common(study, seed, folder),
@@ -181,8 +184,14 @@ def compressed(study: Study, trial: Trial, seed: int) -> None:
             f"measure={str(trial.timed).lower()}",
             *trial.options,
             "overwrite=true",
-        ]
-        compress.main(compose("compress", options))
+        ],
+    )
+    if trial.methods:
+        compress.main(config)
+    elif trial.kind == "control":
+        network, card = load_any(study.base(seed))
+        training.train(network, study.data, settings=compress.tuning(config), seed=seed)
+        save_network(folder, network, card)
     if not (folder / "model.onnx").is_file():
         network, card = load_any(network_folder(study, trial, seed))
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,9 +305,9 @@ def main() -> None:
     add("--steps", default=",".join(ACTIONS), help="separated by commas")
     add("--part", default="0/1", help="this part of so many, from 0, of methods and stacks")
     add("--blocks", default=BLOCKS, help="of the network, in the space of cross_device")
-    add("--images", type=int, default=10000, help="of CIFAR-10, a fifth of them to validate")
-    add("--epochs", type=int, default=20, help="of the network's training, and of tickets")
-    add("--fine-tune", type=int, default=3, help="epochs after each method that trains")
+    add("--images", type=int, default=20000, help="of CIFAR-10, a fifth of them to validate")
+    add("--epochs", type=int, default=12, help="of the network's training, and of tickets")
+    add("--fine-tune", type=int, default=2, help="epochs after each method that trains")
     add("--seeds", default="0", help="of training and compression, separated by commas")
     add("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ QAT_RATE = ("compression.fine_tuning.lr=0.01",)  # that of compression=qat: fold
 class Trial:
     """One `fbnas compress`: methods in their order, and options that differ from the defaults.
 
-    kind: none | method | stack | default. timed: it asks the device while it decides.
+    kind: none | control | method | stack | default. timed: it asks the device while it decides.
     """
 
     methods: tuple[str, ...]
@@ -44,7 +44,8 @@ def trials(work: str, seed: int, epochs: int) -> list[Trial]:
         work: folder of the study; later latency prunings take the layers that the first one timed.
         epochs: of the training that tickets repeat.
     """
-    found = [Trial((), "", kind="none"), *_pruned(work, seed), *_zeroed(work, seed, epochs)]
+    found = [Trial((), "", kind="none"), Trial((), "but fine-tuned", kind="control")]
+    found += [*_pruned(work, seed), *_zeroed(work, seed, epochs)]
     found += [*_few_values(), *_int8(), *_orders(), *_stacks(work, seed), default_trial()]
     assert {name for trial in found for name in trial.methods} == {*METHODS, "int8"}
     return found

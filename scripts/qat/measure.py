@@ -93,6 +93,9 @@ def qat(study: Study, seed: int) -> None:
     """ONNX Runtime's int8, ours without training, and trained, at 8 and at 4 bits of weights."""
     network = study.trained(seed, study.blocks)
     study.say(network, seed=seed, what="fp32")
+    longer = copy.deepcopy(network)
+    study.tuning(seed, lr=0.01)(longer)  # what QAT's epochs do to a network without roundings
+    study.say(longer, seed=seed, what="fp32, as long as qat")
     with tempfile.TemporaryDirectory() as place:
         file, source = Path(place) / "int8.onnx", Path(place) / "fp32.onnx"
         export_onnx(network, source)
