@@ -121,8 +121,12 @@ def _int8() -> list[Trial]:
         Trial(("int8",), "per tensor", (*INT8_PLAIN, "compression.quantization.per_channel=false")),
         Trial(("int8",), "per channel", INT8_PLAIN),
         Trial(("int8",), "equalised", (*INT8_PLAIN, "compression.quantization.equalise=true")),
+        *(Trial(("int8",), ranges, (*INT8_PLAIN, f"compression.quantization.ranges={ranges}"))
+          for ranges in ("percentile", "entropy")),
+        Trial(("int8",), "symmetric", (*INT8_PLAIN,
+                                       "compression.quantization.activations=symmetric")),
         Trial(("int8",), "mixed", timed=True),
-    ]
+    ]  # fmt: skip
 
 
 def _orders() -> list[Trial]:
