@@ -19,6 +19,8 @@ SMALL = [
     "compression.fine_tuning.epochs=1",
     "networks=0",
     "candidates=2",
+    "space.blocks=[k3_e1,k3_e3]",  # of nine
+    "compression.quantization.pays=false",
 ]
 
 

@@ -1,5 +1,6 @@
 """Wrong input through the real command line: exit 2 and one line that names the way out."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,18 +17,26 @@ RUN = ["run", "space=tiny.yaml", "table=table.csv", "out=out"]
 SEARCH = ["search", "space=tiny.yaml", "table=table.csv", "out=out"]
 
 
-@pytest.fixture(autouse=True)
-def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a space, a table of it, a network and its architecture."""
-    monkeypatch.chdir(tmp_path)
-    space = SearchSpace.load(write_space(tmp_path))
-    write_table(tmp_path / "table.csv")
+    folder = tmp_path_factory.mktemp("made")
+    space = SearchSpace.load(write_space(folder))
+    write_table(folder / "table.csv")
     architecture = Architecture(("k3_e1", "k5_e1", "skip"), space="tiny", provenance={})
-    architecture.save(tmp_path / "a.yaml")
+    architecture.save(folder / "a.yaml")
     torch.manual_seed(0)
     names = tuple(str(digit) for digit in range(10))
     card = NetworkCard(space, architecture, names, (0.5,), (0.25,))
-    save_network(tmp_path / "network", build_network(space, architecture, 10), card)
+    save_network(folder / "network", build_network(space, architecture, 10), card)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def stand(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of it, where the command is given."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
+import forked
 import pytest
 from tiny_run import write_space, write_table
 
 from fbnas.commands import main
 
-FBNAS = str(Path(sys.executable).with_name("fbnas"))
+FBNAS = Path(sys.executable).with_name("fbnas")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
 SMALL = ["data=digits", "data.limit=160", "search.epochs=2", "search.warmup_epochs=1",
          "search.batch_size=32", "search.device=cpu"]  # fmt: skip
@@ -32,8 +33,9 @@ def search(out: str, *options: str) -> list[str]:
             f"out={out}"]  # fmt: skip
 
 
-def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The first process is forked, those that it starts are not."""
+    return forked.run(FBNAS, *arguments, cwd=Path.cwd())
 
 
 def logits(out: str) -> list[Any]:
@@ -43,10 +45,11 @@ def logits(out: str) -> list[Any]:
 
 def test_two_processes_torchrun_and_one_find_the_same(stand: Path) -> None:
     assert main(search("one")) == 0
-    two = start([FBNAS, *search("two", "fabric.devices=2")])
+    two = start(*search("two", "fabric.devices=2"))
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("predicted") == 1  # one process speaks
-    elastic = start([*TORCHRUN, FBNAS, *search("elastic")])
+    command = [*TORCHRUN, FBNAS, *search("elastic")]
+    elastic = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert elastic.returncode == 0, elastic.stderr
     assert elastic.stdout.count("predicted") == 1
     assert logits("two") == pytest.approx(logits("one"), abs=1e-3)
@@ -55,8 +58,8 @@ def test_two_processes_torchrun_and_one_find_the_same(stand: Path) -> None:
 
 
 def test_no_process_outlives_a_first_that_is_killed_at_the_start(stand: Path) -> None:
-    command = [FBNAS, *search("two", "fabric.devices=2")]
-    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as first:
+    command = search("two", "fabric.devices=2")
+    with subprocess.Popen([FBNAS, *command], stdout=PIPE, stderr=PIPE, text=True) as first:
         assert first.stderr
         said = iter(first.stderr.readline, "")
         started = any("GLOBAL_RANK: 0" in line for line in said)  # and so has just been the other
@@ -64,12 +67,12 @@ def test_no_process_outlives_a_first_that_is_killed_at_the_start(stand: Path) ->
         assert started
         first.communicate(timeout=60)  # until nobody holds the pipes
     assert not Path("two", "checkpoint.pt").exists()
-    again = start([*command, "resume=true"])
+    again = start(*command, "resume=true")
     assert again.returncode == 0, again.stderr
 
 
 def test_a_search_on_two_processes_that_is_refused_says_so_once(stand: Path) -> None:
-    refused = start([FBNAS, *search("two", "fabric.devices=2", "target_ms=99")])
+    refused = start(*search("two", "fabric.devices=2", "target_ms=99"))
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "over the slowest network" in refused.stderr

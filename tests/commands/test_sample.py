@@ -3,11 +3,10 @@
 import itertools
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -163,10 +162,7 @@ def test_a_candidate_that_diverges_loses_its_rung_and_no_more(
 def test_halving_is_interrupted_and_resumed_to_the_same_result() -> None:
     ranked = ["sample", "run=s", *HALVING, "rank=shared_weights", "init=supernet"]
     assert main([*ranked, "out=whole"]) == 0
-    script = [sys.executable, str(HERE / "struck_run.py"), "SIGINT@7"]
-    stopped = subprocess.run(
-        [*script, *ranked, "out=struck"], capture_output=True, text=True, timeout=200
-    )
+    stopped = forked.run(HERE / "struck_run.py", "SIGINT@7", *ranked, "out=struck", cwd=Path.cwd())
     assert not Path("struck/halving.json").exists()
     assert stopped.returncode == 130
     line = stopped.stderr.splitlines()[-1]

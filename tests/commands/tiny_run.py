@@ -1,6 +1,7 @@
 """A space small enough for whole runs in tests, a table of it by formula, and overrides."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,9 +37,9 @@ SMALL = [
 ]
 
 
-def write_space(folder: Path) -> Path:
+def write_space(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(SPACE))
+    path.write_text(yaml.safe_dump({**SPACE, **changes}))
     return path
 
 

@@ -1,10 +1,12 @@
 """Every format: parity at its precisions, what it holds, what is deleted, the example beside it."""
 
 import ast
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -90,6 +92,21 @@ def write(folder: Path, format_name: str, precision: str = "fp32", **options: ob
     return path
 
 
+@functools.cache
+def written(format_name: str, precision: str) -> dict[str, bytes]:
+    """The files that `write` writes, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), format_name, precision)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def copy(folder: Path, format_name: str, precision: str = "fp32") -> Path:
+    """As `write`, of which it is a copy."""
+    for name, content in written(format_name, precision).items():
+        (folder / name).write_bytes(content)
+    return folder / f"x_{precision}{FORMATS[format_name].suffix}"
+
+
 def classified(example: Path, image: Path, python: str) -> tuple[str, float]:
     """What the example prints, run as a user does, where nothing of fbnas can be imported."""
     done = subprocess.run(
@@ -170,7 +187,7 @@ def test_what_is_written_through_onnx_answers_as_torch(
 
 
 def test_fp16_halves_the_weights_and_keeps_input_and_output(tmp_path: Path) -> None:
-    whole, half = (onnx.load(write(tmp_path, "onnx", precision)) for precision in ("fp32", "fp16"))
+    whole, half = (onnx.load(copy(tmp_path, "onnx", precision)) for precision in ("fp32", "fp16"))
     of_graph = [*half.graph.input, *half.graph.output]
     assert [value.name for value in of_graph] == ["images", "scores"]
     types = {value.type.tensor_type.elem_type for value in of_graph}
@@ -181,7 +198,7 @@ def test_fp16_halves_the_weights_and_keeps_input_and_output(tmp_path: Path) -> N
         len(x.raw_data) for x in whole.graph.initializer
     )
     assert ratio == pytest.approx(0.5, abs=0.02)
-    weights = [write(tmp_path, "openvino", p).with_suffix(".bin") for p in ("fp32", "fp16")]
+    weights = [copy(tmp_path, "openvino", p).with_suffix(".bin") for p in ("fp32", "fp16")]
     sizes = [file.stat().st_size for file in weights]
     assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.02)
 
@@ -201,7 +218,7 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_example_classifies_with_nothing_but_the_runtime(name: str, tmp_path: Path) -> None:
-    path = write(tmp_path, name)
+    path = copy(tmp_path, name)
     example = write_example(tmp_path, name, [path.name], CARD, int8=False)
     image = photo(tmp_path / "photo.png", (31, 20), "RGB")
     found = classified(example, image, python_of(FORMATS[name].runtime))
@@ -243,7 +260,7 @@ def test_the_example_prepares_images_as_training_does(card: NetworkCard, tmp_pat
 
 
 def test_one_example_runs_each_of_its_files(tmp_path: Path) -> None:
-    paths = [write(tmp_path, "onnx", precision) for precision in ("fp32", "fp16", "int8")]
+    paths = [copy(tmp_path, "onnx", precision) for precision in ("fp32", "fp16", "int8")]
     names = [path.name for path in paths]
     example = write_example(tmp_path, "onnx", names, CARD, int8=True)
     text = example.read_text()
@@ -258,7 +275,7 @@ def test_one_example_runs_each_of_its_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tflite", "pt2"])
 def test_metadata_lie_in_the_file_and_beside_it(name: str, tmp_path: Path) -> None:
-    path = write(tmp_path, name)
+    path = copy(tmp_path, name)
     beside = json.loads(sidecar(path).read_text())
     sidecar(path).unlink()
     assert read_metadata(path) == beside
@@ -269,7 +286,7 @@ def test_metadata_lie_in_the_file_and_beside_it(name: str, tmp_path: Path) -> No
 
 
 def test_a_broken_ir_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, "openvino")
+    path = copy(tmp_path, "openvino")
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"x_fp32\.xml: not a whole IR of OpenVINO"):

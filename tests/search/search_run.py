@@ -7,7 +7,6 @@ of strike=N, right after so many steps, so that no test depends on the time.
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from fbnas.search import SearchResult, SearchSettings, Target, loop, search
 from fbnas.space import SearchSpace
 from fbnas.training.data import Data, load_data
 
-ROOT = Path(__file__).parents[2]
 BLOCKS = ("k3_e1", "k3_e3", "skip")
 SPACE = SearchSpace.from_dict(
     {
@@ -90,18 +88,6 @@ def run(
         settings=SearchSettings(**{**SETTINGS, **(settings or {})}),
         out=out,
         **options,
-    )
-
-
-def start(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Search in a process of its own, with the options above."""
-    return subprocess.run(
-        [sys.executable, __file__, str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
 
 

@@ -1,17 +1,25 @@
 """A search on two processes is the search of one: same draws, same numbers but for rounding."""
 
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from search_run import run, start
+from search_run import run
 from torch import nn
 
 from fbnas.errors import InputError
 from fbnas.files import load_checkpoint, read_json, read_jsonl
 from fbnas.training.processes import SyncedBatchNorm, part_of, synchronise_bn_
+
+SCRIPT = Path(__file__).with_name("search_run.py")
+
+
+def start(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return forked.run(SCRIPT, out, *options)
 
 
 def finish(out: Path, *options: str) -> Path:

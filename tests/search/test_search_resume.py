@@ -2,18 +2,21 @@
 
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from search_run import SETTINGS, Table, run, start
+from search_run import SETTINGS, Table, run
 from torch import Tensor
 
 from fbnas.errors import InputError
 from fbnas.files import load_checkpoint, read_json, read_jsonl, save_checkpoint
 from fbnas.search import Target, build_objective, loop, read_result, read_supernet
 
+SCRIPT = Path(__file__).with_name("search_run.py")
 WEIGHTS_STEPS, THETA_STEPS = 4, 1  # 160 training images: 128 for the weights, 32 for theta
 WARMUP_STEPS = SETTINGS["warmup_epochs"] * WEIGHTS_STEPS
 EPOCH_STEPS = WEIGHTS_STEPS + THETA_STEPS
@@ -24,6 +27,10 @@ SOFT = {  # as the published recipe: all blocks mixed
     "tau_final": None,
     "theta_passes": 2,
 }
+
+
+def start(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return forked.run(SCRIPT, out, *options)
 
 
 def finish(out: Path, *options: str) -> None:
@@ -60,7 +67,7 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
-    finish(out)
+    run(out)
     return out
 
 

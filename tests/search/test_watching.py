@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from search_run import ROOT, SPACE, Table, run
+from search_run import SPACE, Table, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fbnas.errors import InputError
@@ -21,6 +21,7 @@ from fbnas.search import (
 )
 from fbnas.space import Architecture, SearchSpace
 
+ROOT = Path(__file__).parents[2]
 TWO = [Target(Table(), 5.0, "fast"), Target(Table(2.0), 9.0, "slow", max_params=4000)]
 TABLE = "target_0/table/text_summary"
 ROW = re.compile(r"epoch +(\d+) would choose for (\w+), predicted ([^\n]+):\n    (.+)")

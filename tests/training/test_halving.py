@@ -1,14 +1,12 @@
 """Successive halving: who stays is decided by validation, and a kill costs no finished epoch."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from halving_run import CANDIDATES, SETTINGS, STEPS, build, run, small_digits
@@ -28,7 +26,6 @@ from fbnas.training import (
 )
 
 SCRIPT = Path(__file__).with_name("halving_run.py")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Halved]]
 
 
 def hit(out: Path, when: str) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), str(out), when],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        timeout=300,
-    ).returncode
+    return forked.run(SCRIPT, out, when).returncode
 
 
 def test_four_are_halved_to_one_by_validation(whole: tuple[Path, list[Halved]]) -> None:

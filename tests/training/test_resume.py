@@ -1,12 +1,11 @@
 """A training that is killed and resumed ends at exactly the numbers of one that was not."""
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from training_run import main
@@ -14,19 +13,11 @@ from training_run import main
 from fbnas.files import load_checkpoint, read_jsonl, save_checkpoint
 
 SCRIPT = Path(__file__).with_name("training_run.py")
-ROOT = Path(__file__).parents[2]
 STEPS = 5  # an epoch of training_run.py: 160 images, batches of 32
 
 
 def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), str(out), str(out.with_suffix(".pt")), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return forked.run(SCRIPT, out, out.with_suffix(".pt"), *options)
 
 
 def finish(out: Path, *options: str) -> dict[str, Any]:
@@ -54,7 +45,8 @@ def assert_equal(resumed: dict[str, Any], whole: dict[str, Any], out: Path) -> N
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("whole") / "run"
-    return out, finish(out)
+    main(str(out), str(out.with_suffix(".pt")))
+    return out, torch.load(out.with_suffix(".pt"), weights_only=True)
 
 
 def test_sigkill_twice(tmp_path: Path, whole_run: tuple[Path, dict[str, Any]]) -> None:
