@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fbnas.commands.values import check_values
 from fbnas.errors import InputError, closest
 from fbnas.files import read_yaml
-from fbnas.shipped import configs_folder, looks_like_path, shipped_names
+from fbnas.shipped import configs_folder, find, looks_like_path, shipped_names
+from fbnas.space.heads import check_head_names
 
 GROUPS = (
     "space",
@@ -82,7 +83,52 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     assert isinstance(resolved, dict)
     given = {str(key): value for key, value in resolved.items()}
     checked = check_values(command, given, shipped=_shipped_values(command), groups=GROUPS)
+    if checked.get("heads") and not (command == "export" and checked["model"] is None):
+        _refuse_data_beside_heads(overrides)
+        checked |= {"heads": _data_of_heads(command, checked["heads"]), "data": None}
     return {"command": command, **checked}
+
+
+def _refuse_data_beside_heads(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if split(override)[0].lstrip("+").partition(".")[0] == "data":
+            raise InputError(
+                f"'{override}' is of one data set and heads= gives one to each head; expected its "
+                "options there: heads={a: {source: image_folder, path: photos}, b: digits}."
+            )
+
+
+def _data_of_heads(command: str, heads: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """Return what `data` would be for each head, given as a shipped name, a path or its options.
+
+    Raises:
+        InputError: fewer than two heads, or one with neither.
+    """
+    names = [str(name) for name in heads]
+    check_head_names(names)
+    return {
+        name: _data_of_head(command, name, given)
+        for name, given in zip(names, heads.values(), strict=True)
+    }
+
+
+def _data_of_head(command: str, name: str, given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        given = read_yaml(find("data", str(given)))
+    options = {str(key): value for key, value in given.items()}
+    data = {"data": _filled(options, _base(command, "data", options))}
+    try:
+        checked = check_values(command, data, shipped=_shipped_values(command), groups=GROUPS)[
+            "data"
+        ]
+    except InputError as error:
+        raise InputError(f"heads.{name}: {error}") from error
+    if checked.get("path") == "???":
+        raise InputError(
+            f"heads.{name} has no path; expected the YAML file of your data, or its options: "
+            f"heads={{{name}: {{source: {checked['source']}, path: FOLDER}}, ...}}."
+        )
+    return dict(checked)
 
 
 def compose_single(command: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -12,17 +12,19 @@ from torch import nn
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.int8 import quantized
 from fbnas.commands.parts import (
-    check_class_names,
-    data_for,
+    data_of,
     data_of_file,
     device_of,
     network_folder,
+    with_heads,
+    with_heads_of_file,
 )
 from fbnas.commands.teachers import (
     SUPERNET,
     UNCOMPRESSED,
     Sources,
     check_teacher,
+    refuse_for_heads,
     teacher_of,
 )
 from fbnas.commands.train import report_epoch
@@ -40,14 +42,14 @@ from fbnas.compression import (
 from fbnas.compression.coding import CODERS
 from fbnas.compression.packing import PACKED_FILE, PAYS_BELOW
 from fbnas.errors import InputError, check_known
-from fbnas.export import accuracy_of_file, export_int8_onnx, export_onnx
+from fbnas.export import export_int8_onnx, export_onnx, judge_file
 from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.latency.profiling import AnyDevice
 from fbnas.progress import progress
 from fbnas.report.sparsity_scan import draw_scan
 from fbnas.space import NetworkCard, count, save_network
 from fbnas.training.data import Data
-from fbnas.training.evaluation import evaluate
+from fbnas.training.heads import judge_network, task_of
 from fbnas.training.loop import train
 from fbnas.training.settings import TrainingSettings
 
@@ -60,19 +62,21 @@ def main(config: dict[str, Any]) -> int:
     check_compression(config)
     if names == [INT8]:
         return _quantize(config)
-    network, card = load_any(network_folder(config["model"]))
-    data = data_for(config, card.space)
-    check_class_names(data, card.class_names)
-    before = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
+    folder = network_folder(config["model"])
+    network, card = load_any(folder)
+    config = with_heads(config, card.heads, folder)
+    refuse_for_heads(config["compression"]["fine_tuning"]["teacher"], card.heads)
+    data = data_of(config, card)
+    before = judge_network(network, data, data.test)
     out = OutFolder(config)
     methods = [build_method(name, config) for name in names if name != INT8]
     measure = measuring(config, card, out.folder) if config["measure"] else None
     report = compress_and_save(
         network, card, data, config, out.folder, methods=methods, resume=out.resume, measure=measure
     )
-    accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
+    accuracy = judge_network(network, data, data.test)
     print_steps(report)
-    print(f"test accuracy {before:.4f} -> {accuracy:.4f}")
+    print(f"test accuracy {before} -> {accuracy}")
     packed = packed_file(config, out.folder, network, report)
     rounded, quantized = _rounded(report), dict[str, Any]()
     if rounded is not None:
@@ -85,14 +89,16 @@ def main(config: dict[str, Any]) -> int:
     if INT8 in names or rounded is not None:
         quantized |= _int8_file(config, out.folder, network, card, data)
     first, last = report.before, report.after
-    fields = {
+    fields: dict[str, Any] = {
         "method": names[0] if len(names) == 1 else names,
         "params": last.params,
         "macs": last.macs,
         "params_before": first.params,
         "macs_before": first.macs,
-        "accuracy_top1": accuracy,
-        "accuracy_top1_before": before,
+        "accuracy_top1": accuracy.all,
+        "accuracy_top1_before": before.all,
+        "accuracy_by_head": accuracy.heads or None,
+        "accuracy_by_head_before": before.heads or None,
         "validation_accuracy": last.accuracy,
         "validation_accuracy_before": first.accuracy,
         "steps": [
@@ -163,7 +169,7 @@ def compress_and_save(
         InputError: an unknown option of compression.
     """
     fine, anew = tuning(config), TrainingSettings.from_dict(config["training"])
-    trainings = 0
+    task, trainings = task_of(data.heads), 0
     sources = sources or Sources(uncompressed=deepcopy(network))
     teacher = teacher_of(config["compression"]["fine_tuning"]["teacher"], data, sources)
 
@@ -179,6 +185,7 @@ def compress_and_save(
             out=place,
             resume=resume,
             on_epoch=report_epoch(settings.epochs, every=5),
+            task=task,
             teacher=teacher,
         )
 
@@ -193,6 +200,7 @@ def compress_and_save(
         folder=folder,
         seed=config["seed"],
         coder=coder_of(config),
+        task=task,
     )
     save_network(folder, network, card)
     (folder / FORM_FILE).unlink(missing_ok=True)
@@ -298,10 +306,10 @@ def _int8_file(
         config,
         source,
         target,
-        replace(data, mean=card.mean, std=card.std),
+        data,
         trained=trained_form(folder, network, card),
     )
-    print(f"test accuracy of the int8 file {fields['accuracy_top1']:.4f}")
+    print(f"test accuracy of the int8 file {fields.pop('accuracy')}")
     return fields
 
 
@@ -348,9 +356,12 @@ def _int8(
         found = {"int8": layers}
     size = target.stat().st_size
     print(f"{target}: {source.stat().st_size:,} -> {size:,} bytes")
+    accuracy = judge_file(target, data, data.test)
     return {
         "model_bytes": size,
-        "accuracy_top1": accuracy_of_file(target, data.test, mean=data.mean, std=data.std),
+        "accuracy": accuracy,
+        "accuracy_top1": accuracy.all,
+        "accuracy_by_head": accuracy.heads or None,
         **found,
     }
 
@@ -370,26 +381,26 @@ def _quantize(config: dict[str, Any]) -> int:
     if not (model.is_file() and model.suffix == ".onnx"):
         folder = network_folder(model)
         network, card = load_any(folder)
-        mean, std = card.mean, card.std
-        data = data_for(config, card.space)
-        check_class_names(data, card.class_names)
+        config = with_heads(config, card.heads, folder)
+        data = data_of(config, card)
     else:
-        data, mean, std = data_of_file(config, model)
-    data = replace(data, mean=mean, std=std)
+        config = with_heads_of_file(config, model)
+        data = data_of_file(config, model)
     out = OutFolder(config)
     source = model
     if card is not None:
         source = out.folder / "fp32.onnx"
         export_onnx(network, source, card=card)
-    before = accuracy_of_file(source, data.test, mean=mean, std=std)
+    before = judge_file(source, data, data.test)
     trained = None if card is None else trained_form(folder, network, card)
     fields = _int8(config, source, out.folder / "model.onnx", data, trained=trained)
-    print(f"test accuracy {before:.4f} -> {fields['accuracy_top1']:.4f}")
+    print(f"test accuracy {before} -> {fields.pop('accuracy')}")
     counted = count(network, card.input_shape) if card is not None else None
     out.finish(
         method="int8",
         model_bytes_before=source.stat().st_size,
-        accuracy_top1_before=before,
+        accuracy_top1_before=before.all,
+        accuracy_by_head_before=before.heads or None,
         calibration_images=min(quantization_of(config).calibration_images, len(data.train)),
         params=counted and counted.params,
         macs=counted and counted.macs,

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import check_target_ms, data_of_file, device_of
-from fbnas.export import accuracy_of_file, check_suffix, read_metadata
+from fbnas.commands.parts import check_target_ms, data_of_file, device_of, with_heads_of_file
+from fbnas.export import check_suffix, judge_file, read_metadata
 from fbnas.latency.devices import ROUNDS
 from fbnas.latency.model_files import size_bytes
 
@@ -17,16 +17,17 @@ def main(config: dict[str, Any]) -> int:
     target_ms = config["target_ms"]
     check_target_ms(target_ms)
     check_suffix(model, device)
-    data, mean, std = data_of_file(config, model)
+    config = with_heads_of_file(config, model)
+    data = data_of_file(config, model)
     out = OutFolder(config)
-    accuracy = accuracy_of_file(model, data.test, mean=mean, std=std, device=device)
+    accuracy = judge_file(model, data, data.test, device=device)
     rounds = config["rounds"] or ROUNDS
     measurement = device.measure_quietly(
         [model], f"Timing {model.name}", rounds=rounds, seed=config["seed"]
     )
     timing = measurement.whole[0]
     planned = device.kind == "roofline"
-    print(f"{model}: accuracy {accuracy:.4f} on {len(data.test)} test images of {data.name}")
+    print(f"{model}: accuracy {accuracy} on {len(data.test)} test images of {data.name}")
     if planned:
         print(f"{timing.latency_ms:.4g} ms on {device.name}: planned, not measured")
     else:
@@ -41,7 +42,8 @@ def main(config: dict[str, Any]) -> int:
     if target_ms is not None:
         print(f"target {target_ms:.4g} ms: {'missed' if missed else 'met'}")
     out.finish(
-        accuracy_top1=accuracy,
+        accuracy_top1=accuracy.all,
+        accuracy_by_head=accuracy.heads or None,
         latency_ms=timing.as_dict(),
         noise_floor=measurement.noise_floor,
         planned=planned,

@@ -1,6 +1,7 @@
 """fbnas export: a network as files that devices run, each checked, judged and timed."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.heads import export_joined
-from fbnas.commands.parts import check_class_names, data_for, network_folder
+from fbnas.commands.heads import data_of_heads, joined
+from fbnas.commands.parts import data_of, network_folder, with_heads
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
 from fbnas.export import (
@@ -21,11 +22,11 @@ from fbnas.export import (
     ExportReport,
     Format,
     ParityError,
-    accuracy_of_file,
     check_precision,
     export_file,
     export_int8_onnx,
     format_of,
+    judge_file,
     write_example,
 )
 from fbnas.export.formats import ALL, PRECISIONS
@@ -35,9 +36,10 @@ from fbnas.latency.lowering import OPSETS
 from fbnas.latency.model_files import parts
 from fbnas.latency.runtimes import runtime
 from fbnas.latency.timing import Timing
-from fbnas.space import NetworkCard, count
+from fbnas.space import Network, NetworkCard, count
+from fbnas.space.heads import only_head
 from fbnas.training.data import Data, Subset, batches
-from fbnas.training.evaluation import evaluate
+from fbnas.training.heads import Accuracy, judge_network
 
 PARITY_IMAGES = 256  # of the validation images, drawn by the seed
 ONE_IMAGE = (".tflite", ".pte", ".pt2")  # at a time; others take any batch
@@ -54,11 +56,18 @@ class Made:
     precision: str
     device: Device | None = None
     report: ExportReport | None = None
-    accuracy: float | None = None
+    accuracy: Accuracy | None = None
+    separate: tuple[Path, ...] = ()  # a file for each of several heads
     timing: Timing | None = None
+    separate_ms: float | None = None  # of these, one after the other
     noise_floor: float | None = None
     left_out: str | None = None
     disagrees: bool = False
+
+    @property
+    def accuracy_top1(self) -> float | None:
+        """Of all test images."""
+        return None if self.accuracy is None else self.accuracy.all
 
     def fields(self) -> dict[str, Any]:
         """Return what result.json says of it."""
@@ -74,21 +83,49 @@ class Made:
                 "bytes": self.report.bytes,
                 "parity_max_error": self.report.max_error,
                 "parity_argmax_agreement": self.report.argmax_agreement,
-                "accuracy_top1": self.accuracy,
+                "accuracy_top1": self.accuracy_top1,
                 "latency_ms": self.timing and self.timing.as_dict(),
                 "noise_floor": self.noise_floor,
+                "separate_latency_ms": self.separate_ms,
+                **self._of_heads(),
             }
         return {key: value for key, value in found.items() if value is not None}
+
+    def _of_heads(self) -> dict[str, Any]:
+        if self.report is None or not self.report.heads:
+            return {}
+        errors, agreements = (
+            {name: found[place] for name, found in self.report.heads.items()} for place in (0, 1)
+        )
+        return {
+            "accuracy_by_head": self.accuracy and self.accuracy.heads,
+            "parity_max_error_by_head": errors,
+            "parity_argmax_agreement_by_head": agreements,
+        }
+
+    def lines_of_heads(self) -> list[str]:
+        """Say of each of several heads how good the file is, and what it saves."""
+        lines = []
+        file = "" if self.report is None else self.report.path.name
+        for name, (error, agreement) in ({} if self.report is None else self.report.heads).items():
+            words = "" if self.accuracy is None else f"accuracy {self.accuracy.heads[name]:.4f}, "
+            lines.append(
+                f"{file}, {name}: {words}parity with torch {error:.1e}, same class for "
+                f"{agreement:.1%}"
+            )
+        if self.timing is not None and self.separate_ms is not None:
+            lines.append(
+                f"{file}: {self.timing.latency_ms:.4g} ms for {len(self.separate)} heads, "
+                f"{self.separate_ms:.4g} ms for a file of each (noise {self.noise_floor:.1%})"
+            )
+        return lines
 
 
 def main(config: dict[str, Any]) -> int:
     wanted = files_of(config)
     check_options(config)
-    if config["heads"]:
-        return export_joined(config)
-    source = network_folder(_model(config))
-    network, card = load_any(source)
-    data = _data(config, card, wanted)
+    source, network, card = _network(config)
+    config, data = _data(config, card, wanted, source)
     out = OutFolder(config)
     job = Job(
         config,
@@ -105,12 +142,13 @@ def main(config: dict[str, Any]) -> int:
     _write_examples(found, card, out.folder)
     found = [job.judged(each) for each in found]
     if config["measure"]:
-        found = timed(found, config)
-    accuracy = None
-    if data is not None:
-        accuracy = evaluate(network, data.test, mean=card.mean, std=card.std)[1]
+        with tempfile.TemporaryDirectory(dir=out.folder) as place:
+            found = timed([job.with_separate(each, Path(place)) for each in found], config)
+    accuracy = None if data is None else judge_network(network, data, data.test)
     print_files(found, accuracy)
-    out.finish(**_result(config, network, card, found), accuracy_top1_network=accuracy)
+    out.finish(
+        **_result(config, network, card, found), accuracy_top1_network=accuracy and accuracy.all
+    )
     if any(each.disagrees for each in found):
         return 1
     missing = [each for each in found if each.left_out is not None]
@@ -119,12 +157,21 @@ def main(config: dict[str, Any]) -> int:
     return 0
 
 
-def _model(config: dict[str, Any]) -> str:
-    if config["model"] is None:
-        raise InputError(
-            "fbnas export needs model=...; the folder of a trained or pruned network, or of a run."
-        )
-    return str(config["model"])
+def _network(config: dict[str, Any]) -> tuple[Path | None, Network, NetworkCard]:
+    """Read the network of `model=`, or those of `heads=` as one; the former has a folder."""
+    if config["model"] is not None:
+        source = network_folder(str(config["model"]))
+        return source, *load_any(source)
+    if config["heads"]:
+        if config["data"]:
+            raise InputError(
+                "data= is of one data set, and each folder of heads= knows its own; expected one "
+                "of the two."
+            )
+        return None, *joined(config["heads"])
+    raise InputError(
+        "fbnas export needs model=...; the folder of a trained or pruned network, or of a run."
+    )
 
 
 def files_of(config: dict[str, Any]) -> list[tuple[Format, str]]:
@@ -165,38 +212,46 @@ def check_options(config: dict[str, Any]) -> None:
 
 
 def _data(
-    config: dict[str, Any], card: NetworkCard, wanted: Sequence[tuple[Format, str]]
-) -> Data | None:
-    """The data that the network was trained on; None where none is given.
+    config: dict[str, Any],
+    card: NetworkCard,
+    wanted: Sequence[tuple[Format, str]],
+    source: Path | None,
+) -> tuple[dict[str, Any], Data | None]:
+    """Return the data that the network was trained on, and before it the configuration with it.
+
+    None where none is given, nor known as that of heads is.
 
     Raises:
         InputError: that of other classes, or none where nothing but int8 is asked for, of a network
             that was not trained for it.
     """
-    if config.get("data"):
-        data = data_for(config, card.space)
-        check_class_names(data, card.class_names)
-        return data
-    source = network_folder(config["model"])
-    if not (source / FORM_FILE).is_file() and all(x == "int8" for _, x in wanted):
+    trained = source is not None and (source / FORM_FILE).is_file()
+    needed = not trained and all(precision == "int8" for _, precision in wanted)
+    if card.heads:
+        return data_of_heads(config, card, source, needed=needed)
+    assert source is not None
+    config = with_heads(config, card.heads, source)
+    if config["data"]:
+        return config, data_of(config, card)
+    if needed:
         raise InputError(f"precision=int8 {INT8_NEEDS}")
-    return None
+    return config, None
 
 
 @dataclass(frozen=True)
 class Job:
     """What the files of one command are made of and checked by.
 
-    source: folder of the network; folder: of the files.
+    source: folder of the network, None of one that was joined from several; folder: of the files.
     images: (n, c, h, w) float, normalised, of the validation images; None where no data is given.
     calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges; of training images.
     """
 
     config: dict[str, Any]
-    source: Path
+    source: Path | None
     folder: Path
     wanted: list[tuple[Format, str]]
-    network: nn.Module
+    network: Network
     card: NetworkCard
     data: Data | None
     images: Tensor | None
@@ -239,7 +294,9 @@ class Job:
         return replace(found, device=device, report=report)
 
     def _exported(self, path: Path, device: Device, precision: str) -> ExportReport:
-        form = form_of(self.source, device) if precision == "int8" else None
+        form = None
+        if self.source is not None and precision == "int8":
+            form = form_of(self.source, device)
         if form is not None:
             return export_int8_onnx(self.network, form, path, card=self.card, images=self.images)
         if precision == "int8" and not self.calibration:
@@ -262,14 +319,24 @@ class Job:
             return found
         if found.report.max_error is None:
             return found
-        accuracy = accuracy_of_file(
-            found.report.path,
-            self.data.test,
-            mean=self.card.mean,
-            std=self.card.std,
-            device=found.device,
-        )
+        accuracy = judge_file(found.report.path, self.data, self.data.test, device=found.device)
         return replace(found, accuracy=accuracy)
+
+    def with_separate(self, found: Made, folder: Path) -> Made:
+        """Write what an ONNX file of several heads comes in the place of: a file for each."""
+        if found.report is None or found.device is None or found.format.suffix != ".onnx":
+            return found
+        files = []
+        for number, (name, class_names) in enumerate(self.card.heads.items()):
+            alone = replace(
+                self,
+                network=only_head(self.network, self.card.heads, name),
+                card=replace(self.card, class_names=class_names, heads={}),
+                config={**self.config, "agreement": 0.0},  # all heads' file agrees
+            )
+            files.append(folder / f"{found.precision}_{number}.onnx")
+            alone._exported(files[-1], found.device, found.precision)
+        return replace(found, separate=tuple(files))
 
 
 def device_for(each: Format, precision: str, config: dict[str, Any], *, alone: bool) -> Device:
@@ -305,7 +372,10 @@ def parity_images(data: Data, card: NetworkCard, seed: int) -> Tensor:
 
 
 def timed(found: Sequence[Made], config: dict[str, Any]) -> list[Made]:
-    """Add latencies; files of one runtime and provider are timed against each other."""
+    """Add latencies; files of one runtime and provider are timed against each other.
+
+    Those of single heads come last; they are deleted by whoever made them.
+    """
     groups: dict[Device, list[int]] = {}
     for index, each in enumerate(found):
         checked = each.report is not None and each.report.max_error is not None
@@ -314,14 +384,19 @@ def timed(found: Sequence[Made], config: dict[str, Any]) -> list[Made]:
     done = list(found)
     for device, indices in groups.items():
         paths = [report.path for report in (found[i].report for i in indices) if report is not None]
+        separate = [path for i in indices for path in found[i].separate]
         measured = device.measure_quietly(
-            paths,
+            [*paths, *separate],
             f"Timing files of {device.runtime}",
             rounds=config["rounds"] or ROUNDS,
             seed=config["seed"],
         )
-        for index, timing in zip(indices, measured.whole, strict=True):
-            done[index] = replace(done[index], timing=timing, noise_floor=measured.noise_floor)
+        times = iter(measured.whole)
+        for index in indices:
+            done[index] = replace(done[index], timing=next(times), noise_floor=measured.noise_floor)
+        for index in indices:
+            alone_ms = [next(times).latency_ms for _ in done[index].separate]
+            done[index] = replace(done[index], separate_ms=sum(alone_ms) if alone_ms else None)
     return done
 
 
@@ -344,6 +419,7 @@ def _result(
         "params": counted.params,
         "macs": counted.macs,
         "architecture": list(card.architecture.blocks),
+        "heads": {name: list(names) for name, names in card.heads.items()} or None,
         "files": [each.fields() for each in found],
     }
     if len(found) > 1 or found[0].report is None:
@@ -357,8 +433,11 @@ def _result(
         "model_bytes": report.bytes,
         "parity_max_error": report.max_error,
         "parity_argmax_agreement": report.argmax_agreement,
-        "accuracy_top1": only.accuracy,
+        "accuracy_top1": only.accuracy_top1,
+        "accuracy_by_head": only.accuracy and (only.accuracy.heads or None),
         "latency_ms": only.timing and only.timing.as_dict(),
+        "separate_latency_ms": only.separate_ms,
+        "noise_floor": only.noise_floor,
     }
 
 
@@ -377,7 +456,7 @@ def _parity(report: ExportReport, runtime: str, images: Tensor | None) -> str:
     )
 
 
-def print_files(found: Sequence[Made], accuracy: float | None) -> None:
+def print_files(found: Sequence[Made], accuracy: Accuracy | None) -> None:
     """Print a row per file, and a line for each that was left out or deleted."""
     from rich import box
     from rich.console import Console
@@ -399,12 +478,14 @@ def print_files(found: Sequence[Made], accuracy: float | None) -> None:
             f"{report.bytes:,}",
             _shown(report.max_error, ".1e"),
             _shown(report.argmax_agreement, ".1%"),
-            _shown(each.accuracy, ".4f"),
+            _shown(each.accuracy_top1, ".4f"),
             *_milliseconds(each.timing),
         )
     Console(width=None if Console().is_terminal else 120).print(table)
+    for line in (line for each in found for line in each.lines_of_heads()):
+        print(line)
     if accuracy is not None:
-        print(f"the network itself (torch): accuracy {accuracy:.4f} on the test images")
+        print(f"the network itself (torch): accuracy {accuracy} on the test images")
     for each in found:
         if each.left_out is not None:
             print(f"left out: {each.format.name}, {each.precision}: {each.left_out}")

@@ -130,7 +130,8 @@ def _check_inputs(config: Mapping[str, Any], path: Path) -> None:
     """Refuse to delete what the command is about to read."""
     data = config.get("data") or {}
     given = [config.get(key) for key in INPUTS] + [data.get("path")]
-    given += (config.get("heads") or {}).values()
+    heads = (config.get("heads") or {}).values()  # folders, or the data of each
+    given += [head.get("path") if isinstance(head, Mapping) else head for head in heads]
     for name in (x for value in given for x in (value if isinstance(value, list) else [value])):
         if name and path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
             raise InputError(

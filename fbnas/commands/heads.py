@@ -1,6 +1,6 @@
-"""Several heads on one backbone: a further head is trained, and all are exported as one file."""
+"""Several heads on one backbone: trained on a frozen one, or joined from folders."""
 
-import tempfile
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +8,18 @@ from typing import Any
 
 import torch
 
-from fbnas.commands.folder import OutFolder
-from fbnas.commands.parts import data_for, network_folder
+from fbnas.commands.parts import data_for, data_of, network_folder, recorded_data, with_heads
 from fbnas.compression import load_any
 from fbnas.errors import InputError
-from fbnas.export import export_onnx
-from fbnas.export.heads import export_heads
-from fbnas.latency.devices import ROUNDS, Device
-from fbnas.space import NetworkCard
-from fbnas.space.heads import FrozenBackbone, SeveralHeads, join_heads, renew_classifier_
-from fbnas.space.network import Network
+from fbnas.space import Network, NetworkCard
+from fbnas.space.heads import FrozenBackbone, join_heads, renew_classifier_
 from fbnas.training.data import Data
+
+log = logging.getLogger(__name__)
 
 
 def head_on(config: Mapping[str, Any]) -> tuple[FrozenBackbone, NetworkCard, Data]:
-    """Return a trained backbone with a fresh head for the classes of `data=`.
+    """Return a trained backbone with a fresh head for the classes of `data=`, or with `heads=`.
 
     The images are normalised as the backbone knows them, not by their own mean and std.
 
@@ -39,68 +36,54 @@ def head_on(config: Mapping[str, Any]) -> tuple[FrozenBackbone, NetworkCard, Dat
     data = replace(data_for(config, card.space), mean=card.mean, std=card.std)
     torch.manual_seed(config["seed"])
     renew_classifier_(network, data.classes)
-    return FrozenBackbone(network), replace(card, class_names=data.class_names), data
+    card = replace(card, class_names=data.class_names, heads=data.heads)
+    return FrozenBackbone(network), card, data
 
 
-def export_joined(config: dict[str, Any]) -> int:
-    """Write the heads of `heads=` as one file, and time it against files of one head each."""
-    precisions = config["precision"] or "fp32"
-    if (config["format"], precisions) != ("onnx", "fp32"):
-        raise InputError(
-            f"heads=... with format={config['format']} and precision={precisions}; several heads "
-            "are written as ONNX in fp32."
-        )
+def joined(folders: Mapping[str, Any]) -> tuple[Network, NetworkCard]:
+    """Read networks of one backbone as one with several heads, by their names.
+
+    Raises:
+        InputError: a folder without a network or with one of several heads, or other backbones.
+    """
     networks: dict[str, Network] = {}
     cards: dict[str, NetworkCard] = {}
-    for name, folder in config["heads"].items():
+    for name, folder in folders.items():
         networks[name], cards[name] = load_any(network_folder(folder, f"heads.{name}"))
-    joined = join_heads(networks)
-    out = OutFolder(config)
-    path = out.folder / "model.onnx"
-    errors = export_heads(joined, path, cards, opset=config["opset"])
-    for name, error in errors.items():
-        classes = ", ".join(cards[name].class_names[:3])
-        print(f"{path}: output {name} ({classes}, ...), parity with torch {error:.1e}")
-    fields = _timed(config, path, joined, networks, cards) if config["measure"] else {}
-    out.finish(
-        format="onnx",
-        precision="fp32",
-        model=path.name,
-        model_bytes=path.stat().st_size,
-        parity_max_error=max(errors.values()),
-        heads={name: list(card.class_names) for name, card in cards.items()},
-        **fields,
-    )
-    return 0
+        if cards[name].heads:
+            raise InputError(
+                f"heads.{name}={folder} has heads of its own, {', '.join(cards[name].heads)}; "
+                "expected a network of one head."
+            )
+    network = join_heads(networks)
+    heads = {name: card.class_names for name, card in cards.items()}
+    names = tuple(class_name for class_names in heads.values() for class_name in class_names)
+    return network, replace(next(iter(cards.values())), class_names=names, heads=heads)
 
 
-def _timed(
-    config: dict[str, Any],
-    path: Path,
-    joined: SeveralHeads,
-    networks: Mapping[str, Network],
-    cards: Mapping[str, NetworkCard],
-) -> dict[str, Any]:
-    """Time the file against one for each head, and say what sharing the backbone saves."""
-    device = Device(threads=config["threads"], python=config["python"])
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        alone = [Path(folder) / f"{i}.onnx" for i in range(len(joined.names))]
-        for name, file in zip(joined.names, alone, strict=True):
-            export_onnx(networks[name], file, card=cards[name])
-        measured = device.measure_quietly(
-            [path, *alone],
-            "Timing one file against several",
-            rounds=config["rounds"] or ROUNDS,
-            seed=config["seed"],
-        )
-    whole, *others = measured.whole
-    separate_ms = sum(timing.latency_ms for timing in others)
-    print(
-        f"{whole.latency_ms:.4g} ms for {len(others)} heads, {separate_ms:.4g} ms for as many "
-        f"networks (noise {100 * measured.noise_floor:.1f} %)"
-    )
-    return {
-        "latency_ms": whole.as_dict(),
-        "separate_latency_ms": separate_ms,
-        "noise_floor": measured.noise_floor,
-    }
+def data_of_heads(
+    config: dict[str, Any], card: NetworkCard, source: Path | None, *, needed: bool
+) -> tuple[dict[str, Any], Data | None]:
+    """Return the data of all heads, and before it the configuration, with theirs where it is to be.
+
+    It is that of `heads=` or of the training; where the latter is not there any more, that is told.
+
+    Args:
+        source: folder of the network; None of one joined from the folders of `heads=`.
+        needed: whether nothing can be done without it.
+
+    Raises:
+        InputError: it is not there and needed, or what is given does not fit the network.
+    """
+    given = source is not None and (config["heads"] or config["data"])
+    try:
+        if source is not None:
+            config = with_heads(config, card.heads, source)
+            return config, data_of(config, card)
+        of_folders = {name: recorded_data(folder) for name, folder in config["heads"].items()}
+        return config, data_of({"heads": of_folders}, card)
+    except InputError as error:
+        if needed or given:
+            raise
+        log.warning("%s So no file is judged by images.", error)
+        return config, None

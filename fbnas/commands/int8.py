@@ -18,6 +18,7 @@ from fbnas.latency.model_files import digest
 from fbnas.latency.profiling import AnyDevice
 from fbnas.report.bars import Bar, write_bars
 from fbnas.training.data import Data
+from fbnas.training.heads import task_of
 
 TABLE, PLOT = "sensitivity.csv", "sensitivity.html"
 COSTS_TABLE, COSTS_PLOT = "int8_saves.csv", "int8_saves.html"
@@ -68,6 +69,7 @@ def quantized(
         scores=partial(scores_of_file, mean=data.mean, std=data.std, device=scored_on),
         measure=measure if can_measure else None,
         seed=seed,
+        task=task_of(data.heads),
     )
     if report.sensitivities:
         write_sensitivities(target.parent, report)

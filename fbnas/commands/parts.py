@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 from fbnas.commands.folder import WRITTEN
 from fbnas.errors import InputError, check_known
 from fbnas.export import input_size, read_metadata, sidecar
-from fbnas.files import read_json
+from fbnas.files import read_json, read_yaml
 from fbnas.latency.devices import device_from
 from fbnas.latency.profiling import AnyDevice
 from fbnas.search import SearchSettings, build_objective
-from fbnas.shipped import find, shipped_names
+from fbnas.shipped import configs_folder, find, shipped_names
 from fbnas.space import Architecture, NetworkCard, SearchSpace
+from fbnas.space.heads import Heads
 from fbnas.training.data import Data, load_data
+from fbnas.training.heads import join_data
 from fbnas.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -81,10 +84,24 @@ def _named_space(config: Config, architecture: Architecture) -> SearchSpace:
 
 
 def data_for(config: Config, space: SearchSpace | None = None) -> Data:
-    """Load the data of `data=`, checked against the space."""
+    """Load the data of `data=`, checked against the space, or that of all `heads=` as one.
+
+    The images of heads are brought to the space's resolution and channels.
+    """
+    if not config.get("heads"):
+        return _load(config["data"], space)
+    brought: dict[str, Any] = {"resize": True}
+    if space is not None:
+        brought |= {"resolution": space.resolution, "channels": space.input_channels}
+    return join_data(
+        {name: _load({**options, **brought}, space) for name, options in config["heads"].items()}
+    )
+
+
+def _load(options: Mapping[str, Any], space: SearchSpace | None) -> Data:
     known = [name for name in signature(load_data).parameters if name != "space"]
-    check_known("option of data:", config["data"], known)
-    return load_data(**config["data"], space=space)
+    check_known("option of data:", options, known)
+    return load_data(**options, space=space)
 
 
 def check_target_ms(target_ms: float | None) -> None:
@@ -115,7 +132,7 @@ def device_of(config: Config) -> AnyDevice:
 
 def card_for(space: SearchSpace, architecture: Architecture, data: Data) -> NetworkCard:
     """Say what a network's files say about it."""
-    return NetworkCard(space, architecture, data.class_names, data.mean, data.std)
+    return NetworkCard(space, architecture, data.class_names, data.mean, data.std, data.heads)
 
 
 def network_folder(model: str | Path, option: str = "model") -> Path:
@@ -142,12 +159,102 @@ def network_folder(model: str | Path, option: str = "model") -> Path:
     )
 
 
-def check_class_names(data: Data, names: tuple[str, ...]) -> None:
-    """Refuse data whose classes are not `names`.
+def with_heads(config: Config, heads: Heads, place: Path) -> dict[str, Any]:
+    """Return the configuration with the data of a network's heads: that of `heads=`, in their
+    order, or else what the network was trained on. Without heads it stays as it is.
+
+    Args:
+        place: the folder of the network, or of its file, with the config.yaml of what made it.
+
+    Raises:
+        InputError: data of other heads, of one head alone where there are several, or none known.
+    """
+    given = config.get("heads")
+    if not heads:
+        if given:
+            raise InputError(
+                f"heads={', '.join(given)}, and {config['model']} has one head; expected data=..."
+            )
+        return dict(config)
+    names = ", ".join(heads)
+    if not given and config.get("data") not in (None, _data_by_default(config["command"])):
+        raise InputError(
+            f"data= is of one data set and {config['model']} has the heads {names}; expected "
+            "heads={...} with the data of each, or neither: then that of the training is taken."
+        )
+    given = given or _recorded_heads(place)
+    if set(given) != set(heads):
+        known = f"heads={', '.join(given)}" if given else f"{place / 'config.yaml'} names no data"
+        raise InputError(
+            f"{known}, and {config['model']} has the heads {names}; expected heads={{...}} with a "
+            "data set for each of them, as a name, a YAML file or its options."
+        )
+    return {**config, "heads": {name: given[name] for name in heads}, "data": None}
+
+
+def _data_by_default(command: str) -> dict[str, Any] | None:
+    defaults = read_yaml(configs_folder() / f"{command}.yaml")["defaults"]
+    name = next(entry["data"] for entry in defaults if "data" in entry)
+    return read_yaml(configs_folder() / "data" / f"{name}.yaml") if name else None
+
+
+def _recorded_heads(place: Path) -> dict[str, Any]:
+    """Return the data of each head as the command that wrote into a folder was given it."""
+    path = place / "config.yaml"
+    heads = (read_yaml(path) if path.is_file() else {}).get("heads") or {}
+    return {
+        name: given if isinstance(given, Mapping) else recorded_data(given)
+        for name, given in heads.items()
+    }
+
+
+def recorded_data(folder: str | Path) -> dict[str, Any]:
+    """Return the options of the data that the network in a folder was trained on.
+
+    Raises:
+        InputError: none are written there.
+    """
+    network = network_folder(folder)
+    for path in (network / "config.yaml", network.parent / "config.yaml"):  # the latter of a run
+        data = read_yaml(path).get("data") if path.is_file() else None
+        if data:
+            return dict(data)
+    raise InputError(
+        f"{network}: no config.yaml that states the data; expected the folder of fbnas train, "
+        "compress or run."
+    )
+
+
+def with_heads_of_file(config: Config, model: Path) -> dict[str, Any]:
+    """Do the same for a model file, which states its heads itself."""
+    return with_heads(config, read_metadata(model).get("heads") or {}, model.parent)
+
+
+def data_of(config: Config, card: NetworkCard) -> Data:
+    """Load the data of a trained network, with the mean and std that it was trained with.
+
+    Raises:
+        InputError: data of other classes.
+    """
+    data = data_for(config, card.space)
+    check_class_names(data, card.class_names, card.heads)
+    return replace(data, mean=card.mean, std=card.std)
+
+
+def check_class_names(data: Data, names: tuple[str, ...], heads: Heads | None = None) -> None:
+    """Refuse data whose classes are not `names`, or not those of these heads.
 
     Raises:
         InputError: what the data has and what was expected.
     """
+    for name, class_names in (heads or {}).items():
+        found = data.heads[name]
+        if tuple(found) != tuple(class_names):
+            raise InputError(
+                f"the data of head {name} has {len(found)} classes ({', '.join(found[:3])}, ...), "
+                f"it was trained for {len(class_names)} ({', '.join(class_names[:3])}, ...); give "
+                "its data."
+            )
     if tuple(data.class_names) != tuple(names):
         raise InputError(
             f"{data.name} has {data.classes} classes ({', '.join(data.class_names[:3])}, ...), the "
@@ -155,8 +262,10 @@ def check_class_names(data: Data, names: tuple[str, ...]) -> None:
         )
 
 
-def data_of_file(config: Config, model: Path) -> tuple[Data, tuple[float, ...], tuple[float, ...]]:
+def data_of_file(config: Config, model: Path) -> Data:
     """Load the data as a model file wants it: with the mean and std that it states.
+
+    Of a file with several heads it is that of all, as `with_heads` has it in the configuration.
 
     An ONNX file that fbnas did not write states none: its input gives the size of the images, and
     the data's own mean and std are taken, which is said. Other files state them in FILE.json.
@@ -172,13 +281,16 @@ def data_of_file(config: Config, model: Path) -> tuple[Data, tuple[float, ...], 
         )
     size = stated.get("preprocessing") or input_size(model)
     shape = {key: size[key] for key in ("resolution", "channels") if key in size}
-    data = data_for({**config, "data": {**config["data"], **shape}})
+    if config["heads"]:
+        data = data_for({"heads": {name: x | shape for name, x in config["heads"].items()}})
+    else:
+        data = data_for({"data": config["data"] | shape})
     if "preprocessing" not in stated:
         log.warning("%s states no preprocessing: taking the data's own mean and std", model)
-        return data, data.mean, data.std
-    check_class_names(data, tuple(stated["class_names"]))
+        return data
+    check_class_names(data, tuple(stated["class_names"]), stated.get("heads"))
     mean, std = (tuple(stated["preprocessing"][key]) for key in ("mean", "std"))
-    return data, mean, std
+    return replace(data, mean=mean, std=std)
 
 
 def search_folder(run: str | Path) -> Path:

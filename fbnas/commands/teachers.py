@@ -13,6 +13,7 @@ from fbnas.commands.parts import check_class_names, network_folder
 from fbnas.errors import InputError
 from fbnas.search import read_result, read_supernet
 from fbnas.space import Architecture, SearchSpace, load_network
+from fbnas.space.heads import Heads
 from fbnas.space.network import block_params
 from fbnas.training.data import Data, Subset, batches
 from fbnas.training.distillation import Ensemble
@@ -43,9 +44,23 @@ def teacher_of(given: Any, data: Data, sources: Sources) -> nn.Module | None:
     """
     if given is None:
         return None
+    refuse_for_heads(given, data.heads)
     if isinstance(given, list):
         return Ensemble([_one(str(name), data, sources) for name in given])
     return _one(str(given), data, sources)
+
+
+def refuse_for_heads(given: Any, heads: Heads) -> None:
+    """Refuse a teacher of several heads, whose soft labels are spread over all classes.
+
+    Raises:
+        InputError: there are both.
+    """
+    if given is not None and heads:
+        raise InputError(
+            f"teacher={given} and the heads {', '.join(heads)}; a teacher answers for one head: "
+            "expected none, or the heads trained one by one (fbnas train backbone=...)."
+        )
 
 
 def check_teacher(key: str, given: Any, *, words: tuple[str, ...]) -> None:

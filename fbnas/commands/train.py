@@ -30,7 +30,7 @@ from fbnas.space import (
 )
 from fbnas.space.heads import FrozenBackbone
 from fbnas.training.data import Data
-from fbnas.training.evaluation import evaluate
+from fbnas.training.heads import Accuracy, judge_network, task_of
 from fbnas.training.loop import TrainingResult, train
 from fbnas.training.reading import wait_words
 from fbnas.training.settings import TrainingSettings
@@ -62,6 +62,7 @@ def main(config: dict[str, Any]) -> int:
         out=out.folder,
         resume=out.resume,
         on_epoch=report_epoch(settings.epochs),
+        task=task_of(data.heads),
         teacher=teacher,
     )
     card = card_for(space, architecture, data)
@@ -73,7 +74,7 @@ def main(config: dict[str, Any]) -> int:
 
 
 def _train_head(config: dict[str, Any], settings: TrainingSettings) -> int:
-    """Train a head alone, on the features of a trained network that stays as it is."""
+    """Train heads alone, on the features of a trained network that stays as it is."""
     model, card, data = head_on(config)
     out = OutFolder(config)
     result = train(
@@ -84,6 +85,7 @@ def _train_head(config: dict[str, Any], settings: TrainingSettings) -> int:
         out=out.folder,
         resume=out.resume,
         on_epoch=report_epoch(settings.epochs),
+        task=task_of(data.heads),
     )
     assert isinstance(result.network, FrozenBackbone)
     save_network(out.folder, result.network.network, card)
@@ -100,14 +102,22 @@ def _finish(
     **more: Any,
 ) -> None:
     """Judge a trained network on the test images, say it, and write result.json."""
-    _, accuracy = evaluate(network, data.test, mean=data.mean, std=data.std)
+    accuracy = judge_network(network, data, data.test)
     found = count(network, card.input_shape)
-    print(describe(result, accuracy, out.folder))
+    print(describe(result, accuracy.all, out.folder))
+    validation = judge_network(network, data, data.validation) if data.heads else Accuracy(0.0)
+    for head, value in validation.heads.items():
+        print(
+            f"  {head}: validation accuracy {100 * value:.2f} %, test accuracy "
+            f"{100 * accuracy.heads[head]:.2f} %"
+        )
     out.finish(
         space=card.space.name,
         architecture=list(card.architecture.blocks),
-        accuracy_top1=accuracy,
+        accuracy_top1=accuracy.all,
         validation_accuracy=result.validation_accuracy,
+        accuracy_by_head=accuracy.heads or None,
+        validation_accuracy_by_head=validation.heads or None,
         best_epoch=result.best_epoch,
         params=found.params,
         macs=found.macs,

@@ -40,7 +40,12 @@ LISTS = {  # options that take one value or a list of them
     "export": ("format", "precision"),
     "report": ("run",),
 }
-MAPPINGS = {"export": ("heads",)}  # options that are null or name several things
+MAPPINGS = {  # options that are null or name several things
+    "train": ("heads",),
+    "compress": ("heads",),
+    "export": ("heads",),
+    "evaluate": ("heads",),
+}
 LEAST = {
     "classes": 1,
     "candidates": 1,

@@ -62,7 +62,7 @@ def scan(
     shown = Subset(data.validation, order)
 
     def accuracy() -> float:
-        return evaluate(model, shown, mean=data.mean, std=data.std)[1]
+        return evaluate(model, shown, mean=data.mean, std=data.std, task=tools.task)[1]
 
     whole, found = accuracy(), {}
     for name, layer in layers.items():

@@ -23,6 +23,7 @@ from fbnas.latency.fake_quantization import (
     rounding_activations,
     rounding_weights,
 )
+from fbnas.training.task import Task
 
 if TYPE_CHECKING:
     from fbnas.training.data import Data
@@ -102,9 +103,9 @@ class QAT(Method):
         with rounding_weights(model, self.weight_bits, per_channel=self.per_channel, kept=kept):
             form = self._calibrated(model, points, data, tools.seed)
             with rounding_activations(model, form, momentum=self.momentum) as present:
-                untrained, before = _state(model), _judged(model, data)
+                untrained, before = _state(model), _judged(model, data, tools.task)
                 trained = _tune_(model, tools.train)
-                form, after = present(), _judged(model, data)
+                form, after = present(), _judged(model, data, tools.task)
                 if after < before:
                     logger.warning("training in int8 was no gain: int8 without it is kept")
                     model.load_state_dict(untrained)
@@ -159,11 +160,11 @@ def _tune_(model: nn.Module, train: Callable[[nn.Module], Any]) -> Any:
         return None
 
 
-def _judged(model: nn.Module, data: "Data") -> tuple[float, float]:
+def _judged(model: nn.Module, data: "Data", task: Task) -> tuple[float, float]:
     """Return accuracy and negative cross-entropy on the validation images: larger is better."""
     from fbnas.training.evaluation import evaluate
 
-    loss, accuracy = evaluate(model, data.validation, mean=data.mean, std=data.std)
+    loss, accuracy = evaluate(model, data.validation, mean=data.mean, std=data.std, task=task)
     return accuracy, -loss if math.isfinite(loss) else -math.inf
 
 

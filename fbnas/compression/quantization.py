@@ -19,6 +19,7 @@ from fbnas.files import atomic_write
 from fbnas.latency.lowering import Scheme, layer_names, quantize_graph
 from fbnas.latency.ranges import PERCENTILE, activation_ranges
 from fbnas.progress import progress
+from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     import onnx
@@ -160,6 +161,7 @@ def quantize_file(
     measure: Measure | None = None,
     folder: Path | None = None,
     seed: int = 0,
+    task: Task = CLASSIFICATION,
 ) -> QuantizationReport:
     """Write the int8 form of an exported network, calibrated on images of `data.train` only.
 
@@ -174,6 +176,7 @@ def quantize_file(
         measure: times files against each other on the device; without it none is left for speed.
         folder: for files in between; that of `path` where not given.
         seed: of the choice of calibration images.
+        task: by which validation images are judged, where that is not classification.
 
     Raises:
         InputError: `sensitivity` or `max_accuracy_drop` without scores.
@@ -190,7 +193,7 @@ def quantize_file(
                 "sensitivity and max_accuracy_drop are judged by scores; expected scores=, what a "
                 "file answers to images."
             )
-        judge = _Judge(source, calibrated, data, scores, folder)
+        judge = _Judge(source, calibrated, data, scores, folder, task)
         report = _judged(report, judge, method, seed)
     if method.pays and measure is not None:
         quick, latencies = paying_layers(
@@ -249,13 +252,14 @@ class _Judge:
     data: "Data"
     scores: Scores
     folder: Path
+    task: Task = CLASSIFICATION
 
     def accuracy(self, float_layers: Collection[str] | None = None) -> float:
         """Of all validation images, 0 to 1; of the float file itself where no layers are given."""
         shown = self.data.validation
         whole = self.scores(self.source, shown) if float_layers is None else None
         scores = self._scores(float_layers or (), shown) if whole is None else whole
-        return float((scores.argmax(1) == shown.labels).double().mean())
+        return float(self.task.metric(scores, shown.labels).double().mean())
 
     def sensitivities(self, images: int, seed: int) -> tuple[Sensitivity, ...]:
         from fbnas.training.data import Subset
@@ -269,7 +273,7 @@ class _Judge:
             for layer in layers:
                 others = [name for name in layers if name != layer]
                 scores = self._scores(others, shown).numpy()
-                found.append(sensitivity_of(layer, scores, reference, labels))
+                found.append(sensitivity_of(layer, scores, reference, labels, self.task))
                 advance(1)
         return tuple(found)
 

@@ -5,6 +5,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from fbnas.training.task import CLASSIFICATION, Task
 
 CHECKS = 64  # smaller sets that are tried before the fewest are believed found
 
@@ -24,7 +27,11 @@ class Sensitivity:
 
 
 def sensitivity_of(
-    layer: str, scores: np.ndarray, reference: np.ndarray, labels: np.ndarray
+    layer: str,
+    scores: np.ndarray,
+    reference: np.ndarray,
+    labels: np.ndarray,
+    task: Task = CLASSIFICATION,
 ) -> Sensitivity:
     """Compare the scores of a file in which one layer is int8 with those of the float file.
 
@@ -33,14 +40,20 @@ def sensitivity_of(
     Args:
         scores, reference: (n, classes).
         labels: (n,).
+        task: whose loss and metric are compared, where that is not classification.
     """
+    judged = [torch.from_numpy(found.astype(np.float64)) for found in (scores, reference)]
+    loss, reference_loss = (float(task.loss(x, torch.from_numpy(labels))) for x in judged)
+    right, reference_right = (
+        float(task.metric(x, torch.from_numpy(labels)).double().mean()) for x in judged
+    )
     signal = float((reference.astype(np.float64) ** 2).sum())
     noise = float(((scores - reference).astype(np.float64) ** 2).sum())
     return Sensitivity(
         layer,
         sqnr_db=10 * float(np.log10(signal / max(noise, 1e-12 * signal, 1e-300))),
-        cross_entropy_rise=_cross_entropy(scores, labels) - _cross_entropy(reference, labels),
-        accuracy_drop=_accuracy(reference, labels) - _accuracy(scores, labels),
+        cross_entropy_rise=loss - reference_loss,
+        accuracy_drop=reference_right - right,
     )
 
 
@@ -76,13 +89,3 @@ def fewest_float(
             break
         needed = found
     return needed
-
-
-def _cross_entropy(scores: np.ndarray, labels: np.ndarray) -> float:
-    scores = scores.astype(np.float64)
-    log_sum = np.logaddexp.reduce(scores, axis=1)
-    return float((log_sum - scores[np.arange(len(labels)), labels]).mean())
-
-
-def _accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
-    return float((scores.argmax(axis=1) == labels).mean())

@@ -1,6 +1,6 @@
 """From a network to a file that is checked, described and judged by itself."""
 
-from fbnas.export.accuracy import accuracy_of_file, scores_of_file
+from fbnas.export.accuracy import accuracy_of_file, judge_file, scores_of_file
 from fbnas.export.examples import write_example
 from fbnas.export.files import check_suffix, export_file
 from fbnas.export.formats import FORMATS, Format, check_precision, format_of, runtime_of_format
@@ -21,6 +21,7 @@ __all__ = [
     "export_onnx",
     "format_of",
     "input_size",
+    "judge_file",
     "read_metadata",
     "runtime_of_format",
     "scores_of_file",

@@ -12,9 +12,11 @@ from fbnas.export.session import open_session, run
 from fbnas.latency.devices import Device
 from fbnas.latency.profiling import AnyDevice
 from fbnas.progress import progress
+from fbnas.training.heads import Accuracy, accuracy_by_head, task_of
+from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
-    from fbnas.training.data import Images
+    from fbnas.training.data import Data, Images
 
 
 PIECE_BYTES = 128_000_000  # of images that are handed to a device at once
@@ -29,6 +31,7 @@ def accuracy_of_file(
     batch_size: int = 256,
     threads: int | None = None,
     device: AnyDevice | None = None,
+    task: Task = CLASSIFICATION,
 ) -> float:
     """Return the fraction of images whose highest score is that of their label, 0 to 1.
 
@@ -38,19 +41,35 @@ def accuracy_of_file(
         std: likewise.
         threads: of ONNX Runtime; all cores where not given.
         device: whose runtime computes the scores; ONNX Runtime on this CPU where not given.
+        task: whose metric it is, where that is not classification.
 
     Raises:
         InputError: not a file of the runtime, or one for other images or fewer classes.
     """
     if not len(images):
         raise InputError(f"There are no images to judge {path} by; expected at least one.")
-    correct = 0
+    correct = 0.0
     answers = _answers(
         Path(path), images, mean, std, batch_size=batch_size, threads=threads, device=device
     )
     for scores, labels in answers:
-        correct += int((scores.argmax(1) == labels).sum())
+        correct += float(task.metric(scores, labels).sum())
     return correct / len(images)
+
+
+def judge_file(
+    path: Path | str, data: "Data", images: "Images", *, device: AnyDevice | None = None
+) -> Accuracy:
+    """Judge a file by some of the images of its data, with the mean and std that it states.
+
+    Args, Raises: as of `accuracy_of_file`.
+    """
+    task = task_of(data.heads)
+
+    def accuracy(some: "Images") -> float:
+        return accuracy_of_file(path, some, mean=data.mean, std=data.std, device=device, task=task)
+
+    return accuracy_by_head(images, data.heads, accuracy)
 
 
 def scores_of_file(

@@ -5,11 +5,13 @@ cover the network's square and cropped at the centre. What they must know of the
 them, the names of its classes in labels.txt beside them; the model file itself states both too.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from fbnas.export.metadata import LABELS, labels_text
 from fbnas.files import atomic_write
+from fbnas.space.heads import rows_of
 from fbnas.space.network import NetworkCard
 
 NEEDS = {
@@ -29,6 +31,8 @@ _IMPORTS = {
 _INT8_OPERATORS = "import torch.ao.quantization.fx._decomposed  # torch, and operators of int8"
 _ARRAYS = ("images = np.float32([PIXELS])", "odds / odds.sum()")
 _TENSORS = ("images = torch.tensor(np.float32([PIXELS]))", "scores.softmax(0).tolist()")
+_FIRST_OUTPUT = 'network.run(None, {"images": images})[0][0]'
+_ALL_OUTPUTS = 'np.concatenate(network.run(None, {"images": images}), axis=1)[0]'
 _RUN = {
     "onnx": """\
 network = onnxruntime.InferenceSession("MODEL")
@@ -68,6 +72,9 @@ def write_example(
     if format_name == "pt2" and int8:
         imports = _INT8_OPERATORS
     prepare, probabilities = _TENSORS if "torch" in NEEDS[format_name] else _ARRAYS
+    run = _RUN[format_name].replace("MODEL", models[0])
+    if card.heads:
+        run = run.replace(_FIRST_OUTPUT, _ALL_OUTPUTS)
     pixels = _pixels(card, channels_last=format_name == "tflite")
     others = "".join(f"\n{models[0]} may be {name} instead." for name in models[1:])
     atomic_write(folder / LABELS, labels_text(card.class_names))
@@ -82,11 +89,24 @@ def write_example(
         f"pixels = np.asarray(ImageOps.fit(image, ({side}, {side}), Image.Resampling.BILINEAR))"
         " / 255\n"
         f"{prepare.replace('PIXELS', pixels)}\n"
-        f"{_RUN[format_name].replace('MODEL', models[0])}"
-        f"print(*max(zip({probabilities}, "
-        f'open("{LABELS}", encoding="utf-8").read().splitlines())))\n',
+        f"{run}{_answer(card, probabilities)}",
     )
     return path
+
+
+def _answer(card: NetworkCard, probabilities: str) -> str:
+    """Write what prints the most probable class and its probability, or those of each head."""
+    names = f'open("{LABELS}", encoding="utf-8").read().splitlines()'
+    if not card.heads:
+        return f"print(*max(zip({probabilities}, {names})))\n"
+    places = [(name, rows.start, rows.stop) for name, rows in rows_of(card.heads).items()]
+    for scores in ("odds", "scores"):
+        probabilities = re.sub(rf"\b{scores}\b", f"{scores}[first:last]", probabilities)
+    return (
+        f"names = {names}\n"
+        f"for head, first, last in {places}:\n"
+        f"    print(head, *max(zip({probabilities}, names[first:last])))\n"
+    )
 
 
 def _pixels(card: NetworkCard, *, channels_last: bool) -> str:

@@ -4,6 +4,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fbnas.export.onnx import (
     PARITY_IMAGES,
     ExportReport,
     ParityError,
-    compare,
+    compared,
     export_onnx,
     halve_onnx,
 )
@@ -29,6 +30,7 @@ from fbnas.latency.devices import Device
 from fbnas.latency.lowering import OPSET, quantize_onnx
 from fbnas.latency.profiling import AnyDevice
 from fbnas.latency.runtimes import RUNTIMES, runtime, suffixes
+from fbnas.space.heads import Heads
 from fbnas.space.network import NetworkCard
 from fbnas.space.structure import rounds
 
@@ -50,9 +52,10 @@ def export_file(
     """Write a network as the device's runtime executes it, in the format of `path`'s suffix.
 
     ONNX files and OpenVINO's IR take any batch and hold their metadata; others take one image at a
-    time and have them in PATH.json too. The file stays only if its scores agree with torch's: at
-    fp32 within the runtime's tolerance, at fp16 within 2 % (relative RMS), at int8 by the share of
-    images that get the same class, where `least_agreement` states one.
+    time and have them in PATH.json too. Of several heads an ONNX file has an output for each, other
+    files one with the scores of all side by side. The file stays only if its scores agree with
+    torch's: at fp32 within the runtime's tolerance, at fp16 within 2 % (relative RMS), at int8 by
+    the share of images that get the same class, where `least_agreement` states one.
 
     Args:
         images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
@@ -86,7 +89,13 @@ def export_file(
             assert isinstance(device, Device)
             _convert(network, path, device, card, shown)
         return _checked(
-            network, path, device, images, precision=precision, least_agreement=least_agreement
+            network,
+            path,
+            device,
+            images,
+            heads=card.heads,
+            precision=precision,
+            least_agreement=least_agreement,
         )
     except BaseException:
         model_files.remove(path)
@@ -105,9 +114,10 @@ def _write_through_onnx(
     opset: int,
 ) -> None:
     """Write the fp32 ONNX file, and from it another precision, OpenVINO's IR, or both."""
+    written = card if path.suffix == ".onnx" else replace(card, heads={})  # the IR has one output
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         source, quantized = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        export_onnx(network, source, card=card, images=images, opset=opset)
+        export_onnx(network, source, card=written, images=images, opset=opset)
         if precision == "int8":
             quantize_onnx(source, quantized, shown)
             source = quantized
@@ -150,6 +160,7 @@ def _checked(
     device: AnyDevice,
     images: Tensor,
     *,
+    heads: Heads,
     precision: str,
     least_agreement: float | None,
 ) -> ExportReport:
@@ -158,19 +169,19 @@ def _checked(
     Raises:
         ParityError: it disagrees with torch.
     """
-    size = model_files.size_bytes(path)
     if isinstance(device, Device) and not _can_run(device):
-        return ExportReport(path, size, None, None)
+        return ExportReport(path, model_files.size_bytes(path), None, None)
     expected, found = _scores_of(network, images), device.scores(path, images.numpy())
-    error, agreement = compare(expected, found)
+    report = compared(path, expected, found, heads)
     difference = float(np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean()))
     if precision == "int8":
+        agreement = report.argmax_agreement or 0.0
         if least_agreement is not None and agreement < least_agreement:
             raise ParityError(
                 f"{path} was not kept: it gives torch's class for {100 * agreement:.1f} % of "
                 f"{len(images)} images, at least {100 * least_agreement:g} % are expected."
             )
-        return ExportReport(path, size, error, agreement)
+        return report
     tolerance = runtime(device.runtime).TOLERANCE["int8" if rounds(network) else "fp32"]
     if precision == "fp16":
         tolerance = max(tolerance, FP16_TOLERANCE)
@@ -180,7 +191,7 @@ def _checked(
             f"RMS, tolerance {tolerance:.0e}) over {len(images)} images; an operation of the "
             f"network is converted wrongly for {device.runtime}."
         )
-    return ExportReport(path, size, error, agreement)
+    return report
 
 
 def _can_run(device: Device) -> bool:

@@ -37,7 +37,9 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     """Return what an export stored with a model file; empty for one that fbnas did not write.
 
     Keys: version, space (name), architecture (list of block names), preprocessing (mean, std,
-    resolution, channels; mean and std for images scaled to [0, 1]), class_names.
+    resolution, channels; mean and std for images scaled to [0, 1]), class_names; of several heads
+    also heads: the names of each one's classes, in the order of the outputs, or of the scores of a
+    file with one output.
 
     Raises:
         InputError: no such file, not a whole ONNX file or IR, or metadata that are no JSON.
@@ -69,6 +71,8 @@ def metadata_of(card: NetworkCard) -> dict[str, str]:
         },
         "class_names": list(card.class_names),
     }
+    if card.heads:
+        content["heads"] = {name: list(names) for name, names in card.heads.items()}
     return {METADATA_PREFIX + key: json.dumps(value) for key, value in content.items()}
 
 

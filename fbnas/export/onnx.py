@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fbnas.errors import InputError
+from fbnas.export.heads import divide_scores
 from fbnas.export.metadata import metadata_of
 from fbnas.export.session import open_session, run
 from fbnas.files import atomic_write
+from fbnas.latency import model_files
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.lowering import OPSET, write_onnx
 from fbnas.latency.qdq import write_int8_onnx
+from fbnas.space.heads import Heads, rows_of
 from fbnas.space.network import NetworkCard
 from fbnas.space.structure import rounds
 
@@ -36,13 +39,15 @@ class ExportReport:
 
     `max_error` is the largest difference of two scores, relative to the largest score in size;
     `argmax_agreement` the fraction of images that both give the same class; None where the file
-    cannot be run here.
+    cannot be run here. `heads`: both of each head, where there are several; the former are then of
+    the worst.
     """
 
     path: Path
     bytes: int
     max_error: float | None
     argmax_agreement: float | None
+    heads: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -57,7 +62,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write a network as ONNX, "images" (batch, c, h, w) to "scores" (batch, classes), any batch.
 
-    The file appears only after its scores agree with torch's.
+    One with several heads has an output for each, called as the head. The file appears only after
+    its scores agree with torch's.
 
     Args:
         card: goes into the file's metadata, and gives the input shape.
@@ -84,15 +90,17 @@ def export_onnx(
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "network.onnx"
         write_onnx(network, shape, written, batch=None, metadata=metadata, opset=opset)
-        error, agreement = _compare(network, written, images)
-        if not error <= tolerance:  # a NaN is no agreement
+        if card is not None and card.heads:
+            divide_scores(written, card.heads)
+        report = _compared(network, written, images, card)
+        if report.max_error is None or not report.max_error <= tolerance:  # NaN is no agreement
             raise ParityError(
-                f"{path} was not written: its scores differ from torch's by {error:.1e} of the "
-                f"largest (tolerance {tolerance:.0e}) over {len(images)} images; an operation of "
-                "the network is exported wrongly."
+                f"{path} was not written: its scores differ from torch's by {report.max_error:.1e} "
+                f"of the largest (tolerance {tolerance:.0e}) over {len(images)} images; an "
+                "operation of the network is exported wrongly."
             )
         atomic_write(path, written.read_bytes())
-    return ExportReport(path, path.stat().st_size, error, agreement)
+    return replace(report, path=path)
 
 
 def halve_onnx(source: Path, path: Path) -> None:
@@ -141,12 +149,15 @@ def export_int8_onnx(
     path = Path(path)
     metadata = {} if card is None else metadata_of(card)
     write_int8_onnx(network, form, shape, path, metadata=metadata)
-    error, agreement = _compare(as_deployed(network, form), path, images)
-    return ExportReport(path, path.stat().st_size, error, agreement)
+    if card is not None and card.heads:
+        divide_scores(path, card.heads)
+    return _compared(as_deployed(network, form), path, images, card)
 
 
-def _compare(network: nn.Module, path: Path, images: Tensor) -> tuple[float, float]:
-    """Return (largest relative difference, fraction of equal classes) of a file against torch."""
+def _compared(
+    network: nn.Module, path: Path, images: Tensor, card: NetworkCard | None
+) -> ExportReport:
+    """Run a file and the network in torch on the same images."""
     reference = copy.deepcopy(network).cpu().float().eval()
     images = images.cpu().float()
     with torch.no_grad():
@@ -154,7 +165,18 @@ def _compare(network: nn.Module, path: Path, images: Tensor) -> tuple[float, flo
     # One image first, then the rest: the file must take any batch size.
     session = open_session(path)
     found = torch.cat([run(session, part) for part in (images[:1], images[1:]) if len(part)])
-    return compare(expected.numpy(), found.numpy())
+    heads = {} if card is None else card.heads
+    return compared(path, expected.numpy(), found.numpy(), heads)
+
+
+def compared(path: Path, expected: np.ndarray, found: np.ndarray, heads: Heads) -> ExportReport:
+    """Report on a file by scores (n, classes): torch's, and its own."""
+    of_heads = {
+        name: compare(expected[:, rows], found[:, rows]) for name, rows in rows_of(heads).items()
+    }
+    errors, agreements = zip(*of_heads.values() or [compare(expected, found)], strict=True)
+    size = model_files.size_bytes(path)
+    return ExportReport(path, size, max(errors), min(agreements), of_heads)
 
 
 def compare(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:

@@ -12,6 +12,8 @@ from fbnas.errors import InputError
 if TYPE_CHECKING:
     import onnxruntime
 
+HEADS_KEY = "fbnas.heads"  # of the metadata of a file with an output for each head
+
 
 def open_session(
     path: Path | str, *, threads: int | None = None, optimise: bool = True
@@ -68,7 +70,7 @@ def input_size(path: Path | str) -> dict[str, int]:
 
 
 def run(session: "onnxruntime.InferenceSession", images: Tensor) -> Tensor:
-    """Return the first output for (n, c, h, w) float images; a fixed batch is fed piece by piece.
+    """Return the scores of (n, c, h, w) float images; a fixed batch is fed piece by piece.
 
     Raises:
         InputError: the file takes other input.
@@ -76,11 +78,22 @@ def run(session: "onnxruntime.InferenceSession", images: Tensor) -> Tensor:
     name, fixed = check_input(session, tuple(images.shape[1:]))
     array = np.ascontiguousarray(images.numpy(), dtype=np.float32)
     if fixed is None:
-        return torch.from_numpy(session.run(None, {name: array})[0])
+        return torch.from_numpy(scores(session, {name: array}))
     missing = -len(array) % fixed
     padded = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-    pieces = [session.run(None, {name: part})[0] for part in np.split(padded, len(padded) // fixed)]
+    pieces = [scores(session, {name: part}) for part in np.split(padded, len(padded) // fixed)]
     return torch.from_numpy(np.concatenate(pieces))[: len(array)]
+
+
+def scores(session: "onnxruntime.InferenceSession", feed: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the first output, or those of all heads side by side where the file says it has them.
+
+    Args:
+        feed: images (n, c, h, w) float32, by the name of the input.
+    """
+    found: list[np.ndarray] = session.run(None, feed)
+    several = HEADS_KEY in session.get_modelmeta().custom_metadata_map
+    return np.concatenate(found, axis=1) if several else found[0]
 
 
 def check_input(

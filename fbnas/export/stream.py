@@ -8,7 +8,7 @@ import numpy as np
 
 from fbnas.errors import InputError
 from fbnas.export.metadata import read_metadata
-from fbnas.export.session import open_session
+from fbnas.export.session import open_session, scores
 
 CELLS = 8  # a frame's change is that of the cell, of 8 x 8, that changes most
 LEVELS = 255.0  # of a pixel
@@ -80,8 +80,7 @@ class Stream:
         name = session.get_inputs()[0].name
 
         def run(images: np.ndarray) -> np.ndarray:
-            scores: np.ndarray = session.run(None, {name: images})[0]
-            return scores
+            return scores(session, {name: images})
 
         return cls(run, mean=stated["mean"], std=stated["std"], threshold=threshold)
 

@@ -9,7 +9,7 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,6 @@ def write_onnx(
     batch: int | None = 1,
     metadata: dict[str, str] | None = None,
     opset: int = OPSET,
-    outputs: Sequence[str] = (OUTPUT_NAME,),
 ) -> None:
     """Write `module` in eval mode as ONNX: "images" (batch, c, h, w) to "scores".
 
@@ -100,12 +99,11 @@ def write_onnx(
         batch: images per run; None leaves it open.
         metadata: key-value pairs stored in the file.
         opset: version of ONNX's operators, one of OPSETS.
-        outputs: their names, of a module that returns several.
 
     Raises:
         InputError: another opset, or the module uses an operation that ONNX has no form for.
     """
-    model = trace_onnx(module, input_shape, batch=batch, opset=opset, outputs=outputs)
+    model = trace_onnx(module, input_shape, batch=batch, opset=opset)
     store_onnx(model, path, metadata=metadata)
 
 
@@ -115,7 +113,6 @@ def trace_onnx(
     *,
     batch: int | None,
     opset: int = OPSET,
-    outputs: Sequence[str] = (OUTPUT_NAME,),
 ) -> "onnx.ModelProto":
     """Return what `write_onnx` writes.
 
@@ -126,9 +123,9 @@ def trace_onnx(
         raise InputError(f"opset={opset!r}; expected {OPSETS[0]} to {OPSETS[-1]}.")
     module = copy.deepcopy(module).cpu().float().eval()
     if batch is None:
-        model = _trace_any_batch(module, input_shape, opset, outputs)
+        model = _trace_any_batch(module, input_shape, opset)
     else:
-        model = _trace(module, (batch, *input_shape), opset, outputs)
+        model = _trace(module, (batch, *input_shape), opset)
     _remove_identities_(model.graph)
     return model
 
@@ -171,24 +168,22 @@ def compile_onnx(
 
 
 def _trace_any_batch(
-    module: nn.Module, input_shape: tuple[int, int, int], opset: int, outputs: Sequence[str]
+    module: nn.Module, input_shape: tuple[int, int, int], opset: int
 ) -> "onnx.ModelProto":
     """Trace with fixed shapes, so that shape arithmetic folds into constants, then free the batch.
 
     Two batch sizes that leave the same graph show that no constant in it depends on the batch;
     otherwise the exporter's own dynamic axes serve, with the arithmetic left in the graph.
     """
-    traces = [
-        _free_batch_(_trace(module, (batch, *input_shape), opset, outputs)) for batch in (2, 3)
-    ]
+    traces = [_free_batch_(_trace(module, (batch, *input_shape), opset)) for batch in (2, 3)]
     if traces[0].SerializeToString() == traces[1].SerializeToString():
         return traces[0]
-    axes = {name: {0: "batch"} for name in (INPUT_NAME, *outputs)}
-    return _trace(module, (2, *input_shape), opset, outputs, dynamic_axes=axes)
+    axes = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}}
+    return _trace(module, (2, *input_shape), opset, dynamic_axes=axes)
 
 
 def _trace(
-    module: nn.Module, shape: tuple[int, ...], opset: int, outputs: Sequence[str], **options: Any
+    module: nn.Module, shape: tuple[int, ...], opset: int, **options: Any
 ) -> "onnx.ModelProto":
     import onnx
 
@@ -203,7 +198,7 @@ def _trace(
                 dynamo=False,
                 opset_version=opset,
                 input_names=[INPUT_NAME],
-                output_names=list(outputs),
+                output_names=[OUTPUT_NAME],
                 **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:

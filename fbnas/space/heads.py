@@ -1,10 +1,12 @@
 """Several heads on one backbone: stem, layers and head are computed once, each task has scores.
 
-A further task's classifier is trained on the features of a trained network, whose other weights
-stay bit for bit, so one file answers both tasks for little more than the cost of one.
+Such a network is an ordinary one, whose scores are those of all heads side by side: all that takes
+a network takes it too. Heads are trained together, or one after another on a trained network, whose
+other weights then stay bit for bit.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,37 @@ from fbnas.errors import InputError
 from fbnas.space.network import Network, initialise_
 
 CLASSIFIER = "classifier."  # how the names of a head's own tensors begin
+INPUT = "images"  # of model files, whose outputs have the names of the heads
+
+Heads = Mapping[str, Sequence[str]]  # the names of each head's classes, in the order of the scores
+
+
+def rows_of(heads: Heads) -> dict[str, slice]:
+    """Return where each head's classes lie among those of all."""
+    found, first = dict[str, slice](), 0
+    for name, class_names in heads.items():
+        found[name] = slice(first, first + len(class_names))
+        first += len(class_names)
+    return found
+
+
+def check_head_names(names: Iterable[str]) -> None:
+    """Refuse names that heads cannot have.
+
+    Raises:
+        InputError: fewer than two, or one that a file has no output of.
+    """
+    names = list(names)
+    if len(names) < 2:
+        raise InputError(
+            f"{len(names)} heads; expected at least two, as in heads={{digit: ..., parity: ...}}."
+        )
+    for name in names:
+        if name == INPUT or not name.replace("-", "_").isidentifier():
+            raise InputError(
+                f"a head is called '{name}'; expected letters, digits, - and _, beginning with a "
+                f"letter, and not {INPUT}: an output of a file is called so."
+            )
 
 
 def renew_classifier_(network: Network, classes: int) -> None:
@@ -20,6 +53,19 @@ def renew_classifier_(network: Network, classes: int) -> None:
     linear = [m for m in network.classifier.modules() if isinstance(m, nn.Linear)]
     fresh = nn.Linear(linear[0].in_features, classes)  # of a factored one the first counts
     network.classifier.set_submodule("linear", initialise_(fresh))
+
+
+def only_head(network: Network, heads: Heads, name: str) -> Network:
+    """Return a copy that answers for one of its heads alone."""
+    network, rows = copy.deepcopy(network), rows_of(heads)[name]
+    if isinstance(network.classifier, SideBySide):
+        network.classifier = network.classifier.classifiers[list(heads).index(name)]
+        return network
+    last = [m for m in network.classifier.modules() if isinstance(m, nn.Linear)][-1]
+    last.weight = nn.Parameter(last.weight.detach()[rows].clone())
+    last.bias = nn.Parameter(last.bias.detach()[rows].clone())
+    last.out_features = len(last.weight)
+    return network
 
 
 class FrozenBackbone(nn.Module):
@@ -44,35 +90,24 @@ class FrozenBackbone(nn.Module):
         return scores
 
 
-class SeveralHeads(nn.Module):
-    """One backbone and a classifier per task: (n, c, R, R) images to scores of each, in turn."""
+class SideBySide(nn.Module):
+    """Classifiers trained apart, as one: features to the scores of all, (n, sum of classes)."""
 
-    def __init__(self, backbone: Network, classifiers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, classifiers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.names = tuple(classifiers)
-        self.input_shape = backbone.input_shape
-        self.stem, self.layers, self.head = backbone.stem, backbone.layers, backbone.head
-        self.classifiers = nn.ModuleList(classifiers.values())
+        self.classifiers = nn.ModuleList(classifiers)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = self.stem(images)
-        for layer in self.layers:
-            features = layer(features)
-        features = self.head(features)
-        return tuple(classifier(features) for classifier in self.classifiers)
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([classifier(features) for classifier in self.classifiers], 1)
 
 
-def join_heads(networks: Mapping[str, Network]) -> SeveralHeads:
+def join_heads(networks: Mapping[str, Network]) -> Network:
     """Join networks that differ in nothing but their classifiers; names are those of the heads.
 
     Raises:
         InputError: fewer than two, or backbones that differ.
     """
-    if len(networks) < 2:
-        raise InputError(
-            f"{len(networks)} heads; expected at least two, as in heads={{digit: runs/a, "
-            "parity: runs/b}."
-        )
+    check_head_names(networks)
     (first, network), *others = networks.items()
     expected = _backbone(network)
     for name, other in others:
@@ -83,7 +118,9 @@ def join_heads(networks: Mapping[str, Network]) -> SeveralHeads:
                 f"the heads {first} and {name} have different backbones; expected heads on one: "
                 "train the second by fbnas train backbone=FOLDER OF THE FIRST."
             )
-    return SeveralHeads(network, {name: each.classifier for name, each in networks.items()})
+    joined = copy.deepcopy(network)
+    joined.classifier = SideBySide(each.classifier for each in networks.values())
+    return joined
 
 
 def _backbone(network: Network) -> dict[str, Tensor]:

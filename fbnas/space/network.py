@@ -3,7 +3,8 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,8 @@ def _params(module: nn.Module, channels: int, side: int) -> int:
 class NetworkCard:
     """What a network's files say about it: how it is built, what it was shown, what it answers.
 
-    `mean` and `std` are per channel, for images scaled to [0, 1].
+    `mean` and `std` are per channel, for images scaled to [0, 1]. `heads`: of several the names of
+    each one's classes, in the order of the scores; `class_names` are then those of all.
     """
 
     space: SearchSpace
@@ -216,6 +218,7 @@ class NetworkCard:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -227,6 +230,7 @@ def save_network(folder: str | Path, network: nn.Module, card: NetworkCard) -> N
     """Write `network.yaml` and `weights.safetensors` into `folder`."""
     folder = Path(folder)
     save_weights(network, folder / "weights.safetensors")
+    heads = {name: list(names) for name, names in card.heads.items()}
     write_yaml(
         folder / "network.yaml",
         {
@@ -234,7 +238,7 @@ def save_network(folder: str | Path, network: nn.Module, card: NetworkCard) -> N
             "blocks": list(card.architecture.blocks),
             "head": card.architecture.head,
             "provenance": card.architecture.provenance,
-            "class_names": list(card.class_names),
+            **({"heads": heads} if heads else {"class_names": list(card.class_names)}),
             "preprocessing": {"mean": list(card.mean), "std": list(card.std)},
         },
     )
@@ -271,9 +275,13 @@ def load_network(
             content.get("provenance") or {},
             content.get("head"),
         )
-        names = tuple(str(name) for name in content["class_names"])
+        heads = {
+            str(head): tuple(map(str, names))
+            for head, names in (content.get("heads") or {}).items()
+        }
+        names = tuple(chain(*heads.values())) or tuple(map(str, content["class_names"]))
         mean, std = (tuple(content["preprocessing"][key]) for key in ("mean", "std"))
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder / 'network.yaml'}: {error} is missing or of the wrong kind; expected a file "
             "written by fbnas train or compress."
@@ -283,7 +291,7 @@ def load_network(
         load_weights_(network, folder / "weights.safetensors")
     else:
         load_tensors_(network, tensors, str(folder))
-    return network.eval(), NetworkCard(space, architecture, names, mean, std)
+    return network.eval(), NetworkCard(space, architecture, names, mean, std, heads)
 
 
 def load_weights_(network: nn.Module, path: Path) -> None:

@@ -1,8 +1,8 @@
 """From a source to training, validation and test images, and from those to batches."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
@@ -30,7 +30,8 @@ class Data:
     """A dataset as one run sees it.
 
     `mean` and `std` are per channel, of training images in [0, 1]. The test images are loaded by
-    `load_test` on the first access of `test`, which only the final evaluation makes.
+    `load_test` on the first access of `test`, which only the final evaluation makes. `heads`: of
+    the data of several, the names of each one's classes; labels count through those of all.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Data:
     load_test: Callable[[], Images]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -110,7 +112,7 @@ def load_data(
         return replace(decoded, resident=decoded_mb <= device_mb)
 
     train = load("train")
-    mean, std = _statistics(train, seed)
+    mean, std = statistics(train, seed)
     return Data(
         name=raw.name,
         class_names=raw.class_names,
@@ -330,7 +332,7 @@ def _shape(
     return resolution, channels
 
 
-def _statistics(images: Images, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(images: Images, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std per channel, in [0, 1], of at most STATISTICS_IMAGES training images."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     chosen = order[:STATISTICS_IMAGES]

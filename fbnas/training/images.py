@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Protocol
 
 import numpy as np
@@ -106,6 +106,51 @@ class Subset:
 
     def batch(self, indices: Tensor) -> Tensor:
         return self.images.batch(self.indices[indices])
+
+
+@dataclass(frozen=True)
+class JoinedImages:
+    """Images of several data sets, one after another; `offsets` are added to the labels of each."""
+
+    parts: tuple[Images, ...]
+    offsets: tuple[int, ...]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        return torch.cat(
+            [part.labels + offset for part, offset in zip(self.parts, self.offsets, strict=True)]
+        )
+
+    @property
+    def in_memory(self) -> bool:
+        return all(part.in_memory for part in self.parts)
+
+    @property
+    def workers(self) -> int | None:
+        return self.parts[0].workers
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def on(self, device: torch.device) -> "JoinedImages":
+        held = tuple(part.on(device) for part in self.parts)
+        if len({part.labels.device for part in held}) > 1:  # indices go to all of them
+            return self
+        return replace(self, parts=held)
+
+    def batch(self, indices: Tensor) -> Tensor:
+        found: Tensor | None = None
+        first = 0
+        for part in self.parts:
+            mine = (indices >= first) & (indices < first + len(part))
+            if mine.any():
+                pixels = part.batch(indices[mine] - first)
+                if found is None:
+                    found = pixels.new_empty(len(indices), *pixels.shape[1:])
+                found[mine] = pixels
+            first += len(part)
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbnas.errors import InputError
@@ -62,7 +61,7 @@ def train(
     `resume` goes on from its checkpoint, if there is one, to exactly the numbers of an
     uninterrupted run. `on_epoch` is called with each new row of metrics: epoch, loss, accuracy,
     validation_loss, validation_accuracy, lr, seconds, data_wait_seconds (of them, the steps' for
-    images). `task`: the loss and the metric; labels are smoothed in classification alone.
+    images). `task`: the loss and the metric; labels are smoothed where it says how.
     `teacher`: any network with the same classes, or an `Ensemble`, whose answers are learned beside
     the labels as `settings.distillation` says; it stays as it is.
 
@@ -168,10 +167,10 @@ def _step(
     """Take one step; return loss and accuracy of the batch as a (2,) tensor."""
     with _autocast(images.device, settings.precision):
         scores = state.network(images).float()
-    if task is CLASSIFICATION:
-        loss = F.cross_entropy(scores, labels, label_smoothing=settings.label_smoothing)
-    else:
+    if task.smoothed is None:
         loss = task.loss(scores, labels)
+    else:
+        loss = task.smoothed(scores, labels, settings.label_smoothing)
     if teaching is not None:
         with _autocast(images.device, settings.precision):
             loss = teaching.loss(loss, scores, images)

@@ -14,6 +14,10 @@ def _is_right(scores: Tensor, labels: Tensor) -> Tensor:
     return scores.argmax(1) == labels
 
 
+def _smoothed_cross_entropy(scores: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    return F.cross_entropy(scores, labels, label_smoothing=smoothing)
+
+
 def _as_they_are(labels: Tensor) -> Tensor:
     return labels
 
@@ -27,6 +31,8 @@ class Task:
         one; its mean is what is reported as accuracy and chooses the best epoch.
     classifier: from a space and a number of classes to the last layers, a module that takes
         features (n, space.head, s, s).
+    smoothed: (outputs, labels, label_smoothing) to what `train` descends, where labels can be
+        smoothed: with a share of each spread over all classes. None: the loss, as it is.
     strata: labels (n, ...) to whole numbers (n,): images of a number are spread evenly by splits.
     """
 
@@ -34,6 +40,7 @@ class Task:
     metric: Callable[[Tensor, Tensor], Tensor] = _is_right
     classifier: Callable[[SearchSpace, int], nn.Module] = build_classifier
     strata: Callable[[Tensor], Tensor] = _as_they_are
+    smoothed: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
 
-CLASSIFICATION = Task()
+CLASSIFICATION = Task(smoothed=_smoothed_cross_entropy)

@@ -73,6 +73,20 @@ def test_one_file_answers_as_both_networks(place: Path, tmp_path: Path) -> None:
     assert result["model_bytes"] < 0.8 * size  # the backbone is there once
 
 
+def test_the_file_is_judged_head_by_head_at_int8_too(place: Path, tmp_path: Path) -> None:
+    heads = f"heads={{digit: {place / 'digit'}, parity: {place / 'b'}}}"
+    given = ["precision=int8", "measure=false", f"out={tmp_path / 'int8'}"]
+    assert main(["export", heads, *given]) == 0
+    found = json.loads((tmp_path / "int8" / "result.json").read_text())
+    for name, folder in (("digit", "digit"), ("parity", "b")):
+        alone = json.loads((place / folder / "result.json").read_text())["accuracy_top1"]
+        assert found["accuracy_by_head"][name] == pytest.approx(alone, abs=0.03)
+    file = f"model={tmp_path / 'int8' / 'model.onnx'}"  # its folder tells the heads' data
+    assert main(["evaluate", file, "rounds=4", f"out={tmp_path / 'judged'}"]) == 0
+    judged = json.loads((tmp_path / "judged" / "result.json").read_text())
+    assert judged["accuracy_by_head"] == found["accuracy_by_head"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -82,7 +96,7 @@ def test_one_file_answers_as_both_networks(place: Path, tmp_path: Path) -> None:
         (["export"], "fbnas export needs model=..."),
         (["export", "heads={digit: digit}"], "1 heads; expected at least two"),
         (["export", "heads={a: digit, b: other}"], "a and b have different backbones"),
-        (["export", "heads={a: digit, b: b}", "precision=int8"], "written as ONNX in fp32"),
+        (["export", "heads={a: digit, b: b}", "data=digits"], "expected one of the two"),
         (["export", "heads=digit"], "expected a mapping"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -176,7 +176,11 @@ def run(model: Any) -> None:
 
 
 def result(model: Any) -> np.ndarray:
-    return np.asarray(model.binding.copy_outputs_to_cpu()[0], dtype=np.float32)
+    """Return the scores; of a file that says it has several heads those of all, side by side."""
+    found = model.binding.copy_outputs_to_cpu()
+    several = "fbnas.heads" in model.session.get_modelmeta().custom_metadata_map
+    scores = np.concatenate(found, axis=1) if several else found[0]
+    return np.asarray(scores, dtype=np.float32)
 
 
 def input_shape(model: Any) -> tuple[int, ...]:
