@@ -163,7 +163,7 @@ def _network(config: dict[str, Any]) -> tuple[Path | None, Network, NetworkCard]
         source = network_folder(str(config["model"]))
         return source, *load_any(source)
     if config["heads"]:
-        if config["data"]:
+        if config.get("data"):
             raise InputError(
                 "data= is of one data set, and each folder of heads= knows its own; expected one "
                 "of the two."
@@ -231,7 +231,7 @@ def _data(
         return data_of_heads(config, card, source, needed=needed)
     assert source is not None
     config = with_heads(config, card.heads, source)
-    if config["data"]:
+    if config.get("data"):
         return config, data_of(config, card)
     if needed:
         raise InputError(f"precision=int8 {INT8_NEEDS}")

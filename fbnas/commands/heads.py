@@ -75,7 +75,7 @@ def data_of_heads(
     Raises:
         InputError: it is not there and needed, or what is given does not fit the network.
     """
-    given = source is not None and (config["heads"] or config["data"])
+    given = source is not None and (config["heads"] or config.get("data"))
     try:
         if source is not None:
             config = with_heads(config, card.heads, source)

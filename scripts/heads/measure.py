@@ -252,10 +252,10 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=2500, help="of a head, validation included")
+    parser.add_argument("--images", type=int, default=2000, help="of a head, validation included")
     parser.add_argument("--test-images", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--tuning-epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--tuning-epochs", type=int, default=4)
     parser.add_argument("--steps", default="train,time,write")
     arguments = parser.parse_args()
     actions = {"train": train_all, "time": time_all, "write": write}

@@ -45,19 +45,19 @@ def test_layers_are_measured_once(
     assert page.count('<rect class="bar"') == len(rows)
     assert "fp32 3 ms, int8 2 ms (noise 1.0 %): int8" in page
 
-    judge = compress.accuracy_of_file
+    judge = compress.judge_file
 
     def interrupted(path: Path, *arguments: Any, **options: Any) -> float:
         if path.name == "model.onnx":  # the int8 file is there, the command is not at its end
             raise KeyboardInterrupt
         return judge(path, *arguments, **options)
 
-    monkeypatch.setattr(compress, "accuracy_of_file", interrupted)
+    monkeypatch.setattr(compress, "judge_file", interrupted)
     assert main([*arguments, *quick, f"out={broken}"]) == 130
     assert measured == once * 2
     assert not (broken / "result.json").exists()
     capsys.readouterr()
-    monkeypatch.setattr(compress, "accuracy_of_file", judge)
+    monkeypatch.setattr(compress, "judge_file", judge)
     assert main([*arguments, *quick, f"out={broken}", "resume=true"]) == 0
     assert measured == once * 2  # nothing more
     assert (broken / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
