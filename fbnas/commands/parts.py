@@ -160,8 +160,9 @@ def network_folder(model: str | Path, option: str = "model") -> Path:
 
 
 def with_heads(config: Config, heads: Heads, place: Path) -> dict[str, Any]:
-    """Return the configuration with the data of a network's heads: that of `heads=`, in their
-    order, or else what the network was trained on. Without heads it stays as it is.
+    """Return the configuration with the data of each of a network's heads, in their order.
+
+    It is that of `heads=`, or else what the network was trained on. Without heads all stays.
 
     Args:
         place: the folder of the network, or of its file, with the config.yaml of what made it.

@@ -113,6 +113,20 @@ def test_exported_files_answer_as_torch_does_and_are_told_of_by_head(
     assert [line.split()[0] for line in shown.stdout.splitlines()] == ["digit", "parity"]
 
 
+def test_openvino_reads_such_a_file_too_and_writes_its_own_with_all_scores_side_by_side(
+    place: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    both = ["format=[onnx,openvino]", "measure=false", f"out={tmp_path / 'both'}"]
+    assert main(["export", f"model={place / 'joint'}", *both]) == 0
+    found = {row["format"]: row for row in result(tmp_path / "both")["files"]}
+    for name in ("model.onnx", "model.xml"):
+        file = [f"model={tmp_path / 'both' / name}", "device.runtime=openvino", "rounds=4"]
+        assert main(["evaluate", *file, f"out={tmp_path / name}"]) == 0
+        accuracy = result(tmp_path / name)["accuracy_by_head"]
+        assert accuracy == pytest.approx(found["onnx"]["accuracy_by_head"], abs=0.01)
+
+
 def test_quantization_aware_training_knows_the_heads(place: Path, tmp_path: Path) -> None:
     given = ["method=qat", "compression.fine_tuning.epochs=1", "measure=false"]
     assert main(["compress", f"model={place / 'joint'}", *given, f"out={tmp_path / 'qat'}"]) == 0

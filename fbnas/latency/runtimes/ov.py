@@ -150,7 +150,11 @@ def run(model: Any) -> None:
 
 
 def result(model: Any) -> np.ndarray:
-    return np.array(model.request.get_output_tensor(0).data, dtype=np.float32)
+    """Return the scores; of an ONNX file that says it has several heads those of all, in a row."""
+    several = model.source.has_rt_info(["framework", "fbnas.heads"])
+    outputs = range(len(model.source.outputs) if several else 1)
+    found = [np.array(model.request.get_output_tensor(i).data, dtype=np.float32) for i in outputs]
+    return np.concatenate(found, axis=1) if several else found[0]
 
 
 def input_shape(model: Any) -> tuple[int, ...]:
