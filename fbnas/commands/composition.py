@@ -264,10 +264,17 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
             file = _chosen(command, key, overrides)
             return f"'{override}': {file} has no such option; leave it out, or choose another file."
         if key not in known and re.search(rf"\b{re.escape(key.split('.')[-1])}\b", text):
-            guess = closest(key, known)
+            guess, others = closest(key, known), ", ".join(_commands_with(key))
             hint = f" Did you mean '{guess}'?" if guess else ""
+            hint = f" It is one of fbnas {others}." if others else hint
             return f"fbnas {command} has no option '{key}'.{hint} See: fbnas {command} --help"
     return f"{text} (fbnas {command} --help)"
+
+
+def _commands_with(key: str) -> list[str]:
+    """Return the commands whose own file states an option."""
+    files = sorted(configs_folder().glob("*.yaml"))
+    return [file.stem for file in files if key != "defaults" and key in read_yaml(file)]
 
 
 def _chosen(command: str, key: str, overrides: Sequence[str]) -> str:

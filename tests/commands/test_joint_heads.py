@@ -169,7 +169,7 @@ def test_quantization_aware_training_knows_the_heads(place: Path, tmp_path: Path
         ),
         (["export", "model=joint", "data=digits"], "data= is of one data set and joint has"),
         (["export", "heads={a: joint, b: joint}"], "heads.a=joint has heads of its own"),
-        (["run", "heads={a: digits, b: digits}"], "fbnas run has no option 'heads'"),
+        (["run", "heads={a: digits, b: digits}"], "no option 'heads'. It is one of fbnas compress"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
