@@ -93,9 +93,13 @@ def data_for(config: Config, space: SearchSpace | None = None) -> Data:
     brought: dict[str, Any] = {"resize": True}
     if space is not None:
         brought |= {"resolution": space.resolution, "channels": space.input_channels}
-    return join_data(
-        {name: _load({**options, **brought}, space) for name, options in config["heads"].items()}
-    )
+    parts = {}
+    for name, options in config["heads"].items():
+        try:
+            parts[name] = _load({**options, **brought}, space)
+        except InputError as error:
+            raise InputError(f"heads.{name}: {error}") from error
+    return join_data(parts)
 
 
 def _load(options: Mapping[str, Any], space: SearchSpace | None) -> Data:
