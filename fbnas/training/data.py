@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = ["Data", "Images", "Subset", "TensorImages", "batches", "load_data", "
 log = logging.getLogger(__name__)
 
 STATISTICS_IMAGES = 2000  # mean and std of so many are within 1 % of those of all of CIFAR-10
+NAMED = 3  # images that cannot be read, beside the first
 HEADERS_READ = 64  # images asked for their size and colour mode before anything is decoded
 
 
@@ -29,9 +31,9 @@ HEADERS_READ = 64  # images asked for their size and colour mode before anything
 class Data:
     """A dataset as one run sees it.
 
-    `mean` and `std` are per channel, of training images in [0, 1]. The test images are loaded by
-    `load_test` on the first access of `test`, which only the final evaluation makes. `heads`: of
-    the data of several, the names of each one's classes; labels count through those of all.
+    `mean` and `std` are per channel, of training images in [0, 1]. `load_test` hands out the test
+    images on the first access of `test`, which only the final evaluation makes. `heads`: of the
+    data of several, the names of each one's classes; labels count through those of all.
     """
 
     name: str
@@ -81,7 +83,8 @@ def load_data(
     for steps on the CPU, min(8, cores) for an accelerator.
 
     Raises:
-        InputError: an unknown source, unreadable data, or data that does not fit the space.
+        InputError: an unknown source, unreadable data (of decoded images all are named at once), or
+            data that does not fit the space.
     """
     if source not in SOURCES:
         raise unknown("data source", source, SOURCES)
@@ -90,7 +93,7 @@ def load_data(
     raw = SOURCES[source](path)
     _check_classes(raw)
     splits = _split(raw, validation_fraction, test_fraction, limit, seed)
-    resolution, channels = _shape(splits["train"], resolution, resize, channels, space)
+    resolution, channels = _shape(splits, resolution, resize, channels, space)
     splits = {
         name: replace(
             images, resolution=resolution, channels=channels, resize=resize, workers=workers
@@ -104,26 +107,58 @@ def load_data(
             "%s needs %.0f MB decoded: images are decoded batch by batch.", raw.name, decoded_mb
         )
 
-    def load(split: str) -> Images:
-        images = splits[split]
-        if lazy:
-            return images
-        decoded = images.decoded(f"Reading {split} images")
-        return replace(decoded, resident=decoded_mb <= device_mb)
-
-    train = load("train")
-    mean, std = statistics(train, seed)
+    held: Mapping[str, Images] = splits
+    if not lazy:
+        held = _decoded(splits, resident=decoded_mb <= device_mb)
+    mean, std = statistics(held["train"], seed)
     return Data(
         name=raw.name,
         class_names=raw.class_names,
         channels=channels,
         resolution=resolution,
-        train=train,
-        validation=load("validation"),
-        load_test=lambda: load("test"),
+        train=held["train"],
+        validation=held["validation"],
+        load_test=lambda: held["test"],
         mean=mean,
         std=std,
     )
+
+
+def _decoded(splits: Mapping[str, FileImages], *, resident: bool) -> dict[str, Images]:
+    """Decode all splits, the test split too: what cannot be read must not show hours later."""
+    found: dict[str, Images] = {}
+    refused: list[tuple[str, InputError]] = []
+    for name, images in splits.items():
+        try:
+            found[name] = replace(images.decoded(f"Reading {name} images"), resident=resident)
+        except InputError:
+            refused += _refused(images, lambda each, i: each.batch(torch.tensor([i])))
+    if refused:
+        raise _refusal(refused)
+    return found
+
+
+def _refused(
+    images: FileImages, read: Callable[[FileImages, int], Any]
+) -> list[tuple[str, InputError]]:
+    """Return the name of each image that cannot be read, with the reason."""
+    found = []
+    for index in range(len(images)):
+        try:
+            read(images, index)
+        except InputError as error:
+            found.append((images.where(index), error))
+    return found
+
+
+def _refusal(refused: Sequence[tuple[str, InputError]]) -> InputError:
+    """Build the error for images that cannot be read: the first one's, and the names of others."""
+    (_, first), *others = refused
+    if not others:
+        return first
+    names = ", ".join(name for name, _ in others[:NAMED])
+    more = ", ..." if len(others) > NAMED else ""
+    return InputError(f"{first} The same holds for {len(others)} more: {names}{more}")
 
 
 def split_for_search(
@@ -290,16 +325,26 @@ def _check_reading(device_mb: float, workers: int | None) -> None:
         )
 
 
+def _headers(splits: Mapping[str, FileImages]) -> list[tuple[str, int, int]]:
+    """Return (mode, width, height) of some training images; where one has none, look at all."""
+    images = splits["train"]
+    step = max(len(images) // HEADERS_READ, 1)
+    try:
+        return [images.header(i) for i in range(0, len(images), step)]
+    except InputError as error:
+        refused = [x for each in splits.values() for x in _refused(each, FileImages.header)]
+        raise _refusal(refused) from error
+
+
 def _shape(
-    images: FileImages,
+    splits: Mapping[str, FileImages],
     resolution: int | None,
     resize: bool,
     channels: int | None,
     space: SearchSpace | None,
 ) -> tuple[int, int]:
     """Return resolution and channels, read from the data where not given; check the space's."""
-    step = max(len(images) // HEADERS_READ, 1)
-    headers = [images.header(i) for i in range(0, len(images), step)]
+    headers = _headers(splits)
     if channels is None:
         grey = all(mode in ("1", "L", "LA") or mode.startswith("I") for mode, _, _ in headers)
         channels = 1 if grey else 3
@@ -313,8 +358,8 @@ def _shape(
         _, width, height = headers[0]
         if width != height:
             raise InputError(
-                f"{images.where(0)}: the image is {width}x{height}; expected square images. Set "
-                "data.resize=true and data.resolution=PIXELS to scale and crop all."
+                f"{splits['train'].where(0)}: the image is {width}x{height}; expected square "
+                "images. Set data.resize=true and data.resolution=PIXELS to scale and crop all."
             )
         resolution = width
     if space is not None and resolution != space.resolution:

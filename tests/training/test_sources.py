@@ -150,6 +150,20 @@ def test_damaged_folders_are_named_in_one_line(damage: str, tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_all_that_cannot_be_read_is_said_at_once_of_the_test_images_too(tmp_path: Path) -> None:
+    split_folders(tmp_path)
+    damaged = [tmp_path / name for name in ("train/b/1.png", "val/a/1.png", "test/b/1.png")]
+    for file in damaged:
+        os.truncate(file, 50)
+    with pytest.raises(InputError, match="The same holds for 2 more: ") as caught:
+        load_data("image_folder", path=str(tmp_path))
+    assert all(str(file) in str(caught.value) for file in damaged)
+    for file in damaged[:2]:
+        file.unlink()
+    with pytest.raises(InputError, match=r"test/b/1\.png: the image cannot be read"):
+        load_data("image_folder", path=str(tmp_path))
+
+
 def test_a_corrupt_image_is_named_when_decoded_lazily(tmp_path: Path) -> None:
     split_folders(tmp_path)
     os.truncate(tmp_path / "val/a/1.png", 50)
