@@ -6,6 +6,7 @@ from typing import Any
 from fbnas.commands import whole_networks
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import device_of, space_of
+from fbnas.commands.targets import range_text
 from fbnas.errors import InputError
 from fbnas.files import atomic_write
 from fbnas.latency import calibration
@@ -44,6 +45,7 @@ def main(config: dict[str, Any]) -> int:
         table = calibration.judged(calibration.uncorrected(table), found, space)
         table.save(path)
         print(f"{path}: left without a correction, which would not help on held-out networks")
+    print(range_text(table, space, config["classes"]))
     pages = write_networks(path, found)
     print("networks: " + ", ".join(str(page) for page in pages))
     for failure in found.failures:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.parts import device_of, space_of
+from fbnas.commands.targets import range_text
 from fbnas.latency.profiling import (
     ROUNDS,
     AnyDevice,
@@ -16,6 +17,7 @@ from fbnas.latency.profiling import (
     plan,
     profile,
 )
+from fbnas.latency.trust import AGAIN, busy
 from fbnas.space import SearchSpace
 
 
@@ -39,10 +41,10 @@ def main(config: dict[str, Any]) -> int:
     quality = "planned, not measured"
     if device.kind != "roofline":
         noise = 100 * table.noise_floor
-        busy = "" if table.quiet == "yes" else f"; the machine was not quiet: {table.quiet}"
+        disturbed = f", measured on {busy(table)}: {AGAIN}" if busy(table) else ""
         wide = int(table.header.get("unstable", 0))
         still = f"; {wide} rows still unstable" if wide else ""
-        quality = f"noise floor {noise:.1f} %{still}{busy}"
+        quality = f"noise floor {noise:.1f} %{still}{disturbed}"
     print(f"{config['table']}: {len(table.entries)} rows, {device.precision}, {quality}")
     failed = table.header.get("failed")
     out.finish(
@@ -57,6 +59,7 @@ def main(config: dict[str, Any]) -> int:
             "space, or try another device.precision, device.runtime or device.provider"
         )
         return 2
+    print(range_text(table, space, config["classes"]))
     return 0
 
 

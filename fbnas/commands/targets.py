@@ -171,6 +171,19 @@ def say_doubts(*tables: LatencySource) -> None:
         log.warning("%s", line)
 
 
+def range_text(table: LatencySource, space: SearchSpace, classes: int) -> str:
+    """Say what networks of a space take by a table, so what may be asked of them.
+
+    Raises:
+        InputError: a shape that the table does not hold.
+    """
+    fastest, slowest = latency_range(*table.tensor(space, classes=classes))
+    return (
+        f"networks of space {space.name} take {fastest:.4g} to {slowest:.4g} ms by the table: "
+        "expected of target_ms is a value in between"
+    )
+
+
 def target_of(
     table: LatencyTable,
     space: SearchSpace,

@@ -9,6 +9,7 @@ fbnet_cifar a line through sums of blocks leaves 3.1 % of error so, and 11 % wit
 
 import contextlib
 import datetime
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from fbnas.latency.timing import Timing, difference
 from fbnas.progress import progress
 from fbnas.space import Architecture, SearchSpace, build_block, build_network, count
 from fbnas.space.network import build_classifier, build_head, build_stem
+
+log = logging.getLogger(__name__)
 
 ROUNDS = 20  # of 111 blocks of space fbnet: about 3 s (2-core x86)
 BATCH = 1
@@ -186,6 +189,7 @@ def profile(
     context = OVERHEAD not in (missing if known is None else known)
     if known is not None and not missing:
         shutil.rmtree(work, ignore_errors=True)  # left by a kill between saving and clearing up
+        log.info("%s holds every shape already: nothing is measured.", table_path)
         return known
     compiled = compile_items(space, device, missing, work, seed=seed, context=context)
     files = files_of(compiled)

@@ -141,13 +141,18 @@ class LatencyTable:
             self._refuse(shape, space)
         return self._by_shape[shape]
 
-    def _refuse(self, missing: Shape, space: str, *, classes: int | None = None) -> NoReturn:
+    def _refuse(
+        self, missing: Shape, space: str, *, classes: int | None = None, of: Iterable[int] = ()
+    ) -> NoReturn:
+        """Refuse a shape; `classes` are those of its classifier, `of` those that have one here."""
         command = f"fbnas profile space={space} device=local"
         command += f" device.name={self.device}" if self.device != "local" else ""
+        command += f" device.runtime={self.runtime}" if self.runtime != "onnxruntime" else ""
         command += f" device.precision={self.precision}" if self.precision != "fp32" else ""
         command += f" device.threads={self.threads}" if self.threads != 1 else ""
         command += f" classes={classes}" if classes is not None else ""
         held = f"{len(self.entries)} rows for space {self.header.get('space', '?')}"
+        held += "".join(f", a classifier of {n} classes among them (classes={n})" for n in of)
         raise InputError(
             f"No latency for {missing} in {self.name}, which holds {held}. "
             f"Measure it: {command} table={self.path or 'FILE'}"
@@ -288,7 +293,7 @@ class LatencyTable:
         wanted = 1000 if classes is None else classes
         if wanted not in fitting:
             missing = Shape("classifier", space.head, wanted, 1, side, side)
-            self._refuse(missing, _option(space), classes=wanted)
+            self._refuse(missing, _option(space), classes=wanted, of=sorted(fitting))
         return fitting[wanted]
 
 

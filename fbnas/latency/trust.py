@@ -5,6 +5,7 @@ from fbnas.latency.table import LatencyTable
 NOISY = 0.05  # test against retest
 FAILING_ERROR = 0.05  # of whole networks that the correction was not fitted on
 FAILING_RANKS = 0.9  # Spearman
+AGAIN = "profile into a new file while the machine is quiet"  # a table's own rows are kept
 
 
 def doubts(table: LatencyTable) -> list[str]:
@@ -24,12 +25,22 @@ def _noise(table: LatencyTable) -> list[str]:
     if table.noise_floor > NOISY:
         return [
             f"{table.name} has a noise floor of {100 * table.noise_floor:.1f} % (test against "
-            f"retest; up to {100 * NOISY:.0f} % can be trusted): profile again while the machine "
-            "is quiet"
+            f"retest; up to {100 * NOISY:.0f} % can be trusted): {AGAIN}"
         ]
-    if table.quiet != "yes":
-        return [f"{table.name} was measured on a busy machine: {table.quiet}"]
-    return []
+    disturbance = busy(table)
+    return [f"{table.name} was measured on {disturbance}: {AGAIN}"] if disturbance else []
+
+
+def busy(table: LatencyTable) -> str:
+    """Say that the machine was busy, and how; nothing where it was quiet."""
+    why = table.quiet.removeprefix("no").strip(" ()")
+    return "" if table.quiet == "yes" else f"a busy machine ({why})"
+
+
+def _classes(table: LatencyTable) -> str:
+    """Return the option that says for how many classes the table's classifier is."""
+    found = [x.shape.out_channels for x in table.entries if x.shape.block == "classifier"]
+    return f" classes={found[0]}" if found else ""
 
 
 def _additivity(table: LatencyTable) -> list[str]:
@@ -39,7 +50,7 @@ def _additivity(table: LatencyTable) -> list[str]:
         return [
             f"{table.name} was never held against whole networks, so nobody knows how well its "
             f"blocks add up: fbnas calibrate table={table.path or 'FILE'} space="
-            f"{(table.header.get('space', '') or 'NAME').split()[0]}"
+            f"{(table.header.get('space', '') or 'NAME').split()[0]}{_classes(table)}"
         ]
     if error is None:
         return []

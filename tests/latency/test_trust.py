@@ -34,8 +34,11 @@ def test_a_good_table_is_not_doubted() -> None:
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        ({"noise_floor": "0.051"}, "noise floor of 5.1 % .* profile again"),
-        ({"quiet": "no (other processes used 40 % of its cores)"}, "busy machine: no .other"),
+        ({"noise_floor": "0.051"}, "noise floor of 5.1 % .* into a new file"),
+        (
+            {"quiet": "no (other processes used 40 % of its cores)"},
+            r"busy machine \(other .* cores\): profile into",
+        ),
         ({"failed": "k5_e6 (..): no kernel"}, "lacks what failed on the device: k5_e6"),
         ({"calibration_error": "0.06"}, "do not add up on board: .* 6.0 % off, Spearman 0.990"),
         ({"calibration_spearman": "0.7"}, "do not add up on board: .* Spearman 0.700"),
@@ -56,7 +59,8 @@ def test_an_error_is_said_without_ranks_too() -> None:
 
 def test_a_table_without_whole_networks_names_the_command() -> None:
     kept = {key: value for key, value in GOOD.items() if not key.startswith("calibration")}
-    plain = LatencyTable(kept, [])
-    (found,) = doubts(plain)
+    (found,) = doubts(LatencyTable(kept, []))
     assert "never held against whole networks" in found
     assert found.endswith("fbnas calibrate table=FILE space=tiny")
+    (found,) = doubts(LatencyTable(kept, [Entry(Shape("classifier", 8, 3, 1, 4, 4), 1, 1, 1, 9)]))
+    assert found.endswith("fbnas calibrate table=FILE space=tiny classes=3")
