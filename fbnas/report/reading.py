@@ -71,9 +71,11 @@ def _read_space(folder: Path, search_folder: Path | None) -> Space | None:
     for file in (search_folder or folder, folder):
         if (file / "space.yaml").is_file():
             return read_space(read_yaml(file / "space.yaml"), file / "space.yaml")
-    for file in (folder / "train" / "network.yaml", folder / "network.yaml"):
-        if file.is_file():
-            return read_space(read_yaml(file).get("space") or {}, file)
+    networks = (folder / "train" / "network.yaml", folder / "network.yaml")
+    for file in (*networks, folder / "config.yaml"):  # the last is all that a search begins with
+        content = read_yaml(file).get("space") if file.is_file() else None
+        if content:
+            return read_space(content, file)
     return None
 
 
@@ -87,7 +89,7 @@ def _read_search(folder: Path, space: Space | None) -> Search:
         if space is None:
             raise InputError(
                 f"{folder}: holds neither theta.json nor space.yaml; expected both. "
-                "Go on with it: fbnas search resume=true"
+                "Go on with what was interrupted there: resume=true"
             )
         return Search(metrics, space.blocks, ())
     theta = read_json(path)

@@ -73,6 +73,18 @@ def test_an_unfinished_run(run_folder: Path) -> None:
     assert len(page.figures["theta-0"]["frames"]) == made.EPOCHS
 
 
+def test_a_search_that_has_just_begun(tmp_path: Path) -> None:
+    made.write_search(tmp_path / "search", (0.25,), table="gone.csv")
+    for name in ("theta.json", "space.yaml"):
+        (tmp_path / "search" / name).unlink()
+    with pytest.raises(InputError, match="resume=true"):
+        write_report(tmp_path)
+    write_yaml(tmp_path / "config.yaml", {"command": "run", "space": made.SPACE})
+    page = ParsedPage(write_report(tmp_path))
+    assert {"theta", "search", "environment"} <= set(page.sections())
+    assert len(page.figures["theta-0"]["frames"]) == made.EPOCHS
+
+
 def test_a_stage_that_was_never_measured(run_folder: Path) -> None:
     result = read_json(run_folder / "result.json")
     result["stages"][1] = {"name": "pruned", "accepted": False, "reason": "could not be exported"}
