@@ -31,7 +31,7 @@ def check_known(kind: str, names: Iterable[object], known: Iterable[str]) -> Non
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Build the error for an unknown name: it names the closest and lists the known ones."""
-    names = sorted(known)
+    names = sorted(set(known))
     guess = closest(str(name), names)
     hint = f"Did you mean '{guess}'? " if guess else ""
     return InputError(f"Unknown {kind} '{name}'. {hint}Known: {', '.join(names)}.")

@@ -7,7 +7,7 @@ import select
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ COMMANDS = {
     "doctor": "what is installed and what works here",
 }
 
+HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
 DONE, FAILED, WRONG_INPUT, MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 UNREAD = 141  # as a shell says of a program that SIGPIPE ended
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument not in MULTIRUN]
     if multirun and not arguments:
         return _refuse("-m goes with a command; expected as in fbnas search -m seed=1,2,3.")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in (*HELP, "help"):
         print(usage())
         return DONE
     if arguments[0] in ("-V", "--version"):
@@ -62,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     be_silent_unless_first()
     try:
-        if any(option in overrides for option in ("-h", "--help")):
+        chosen = [override for override in overrides if override not in HELP]
+        if len(chosen) < len(overrides):
             from fbnas.commands.composition import describe
 
-            print(describe(command), flush=True)
+            print(describe(command, chosen), flush=True)
             return DONE
         if multirun:
             from fbnas.commands import multirun as several
@@ -75,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         config = compose_single(command, overrides)
         config["command_line"] = shlex.join(["fbnas", command, *overrides])
+        _check_out(config)
         module = importlib.import_module(f"fbnas.commands.{command}")
         return module.main(config)
     except InputError as error:
@@ -91,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FAILED
         where = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{where}{error.strerror}; free space or give a folder that can be written.")
+
+
+def _check_out(config: Mapping[str, Any]) -> None:
+    """Refuse an out folder that is taken before images are read or anything is measured."""
+    if config.get("out") and is_first():
+        from fbnas.commands.folder import check_out
+
+        check_out(config)
 
 
 def _is_unread() -> bool:

@@ -15,7 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +38,7 @@ GROUPS = (
     "experiment",
     "launcher",
 )
+NO_PATH = re.compile(r"[\[{'\"]|(choice|range|interval|glob)\(")  # but a list, a quote, a sweep
 OPTIONAL_IN_SPACE = {"input_channels": 3, "skip_on_reduction": True, "modules": []}
 
 
@@ -86,7 +87,22 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     if checked.get("heads") and not (command == "export" and checked["model"] is None):
         _refuse_data_beside_heads(overrides)
         checked |= {"heads": _data_of_heads(command, checked["heads"]), "data": None}
-    return {"command": command, **checked}
+    here = {key: value if key == "device" else _at_home(value) for key, value in checked.items()}
+    return {"command": command, **here}
+
+
+def _at_home(value: Any) -> Any:
+    """Write out the `~/` of paths, which a shell does in out=~/a, but not in data.path=~/a.
+
+    Not for devices, whose paths may be those of another machine.
+    """
+    if isinstance(value, dict):
+        return {key: _at_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
+    return value
 
 
 def _refuse_data_beside_heads(overrides: Sequence[str]) -> None:
@@ -157,12 +173,39 @@ def parse(override: str) -> Override | None:
 
 
 def _escaped(override: str) -> str:
-    """Return an override with `=` in its value written as Hydra wants it: run=runs/a/seed=1."""
-    key, equals, value = override.partition("=")
-    if "=" not in value or any(mark in value for mark in "\\'\""):
+    """Return an override as Hydra reads it, with what it cannot read of a plain value quoted.
+
+    So a path may hold any sign: ~/photos, Photos (2), Fotos_äöü, runs/a/seed=1. A comma is one of a
+    path where that is there.
+    """
+    key, _, value = override.partition("=")
+    if NO_PATH.match(value):
         return override
-    value = value.replace("=", r"\=")
-    return f"{key}{equals}{value}"
+    if "," in value and not _is_there(value):
+        return f"{key}={_marked(value)}"
+    if "," in value or not _is_read(f"{key}={_marked(value)}"):
+        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{key}={_marked(value)}"
+
+
+def _marked(value: str) -> str:
+    """Return a value with `=` written as Hydra wants it."""
+    return value if any(mark in value for mark in "\\'\"") else value.replace("=", r"\=")
+
+
+def _is_read(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def _refuse_sweep(command: str, override: str) -> None:
@@ -198,25 +241,37 @@ def _stage(command: str, group: str, value: str, folder: Path) -> str:
     if looks_like_path(value) or (value not in shipped_names(group) and Path(value).is_file()):
         return _copy(command, group, Path(value).expanduser(), folder)
     if value not in shipped_names(group):
-        guess = closest(value, shipped_names(group))
+        guess = f"{value}.yaml" if _is_there(f"{value}.yaml") else None
+        guess = guess or closest(value, shipped_names(group))
         hint = f"Did you mean '{guess}'? " if guess else ""
         raise InputError(
             f"Unknown {group} '{value}'. {hint}Shipped: {', '.join(shipped_names(group))}; or give "
-            "the path of a YAML file."
+            f"the path of a YAML file{_way_out(group, value)}."
         )
     return value
+
+
+def _way_out(group: str, value: str) -> str:
+    """Say how to name images or a host where data= or device= names them itself."""
+    if group == "device" and "@" in value:
+        return f"; to reach {value}: device=ssh device.host={value}"
+    if group != "data" or not _is_there(value):
+        return ""
+    source = "image_folder" if Path(value).is_dir() else "huggingface"
+    return f"; to read {value}: data={source} data.path={value}"
 
 
 def _copy(command: str, group: str, path: Path, folder: Path) -> str:
     if not path.is_file():
         raise InputError(
             f"{path}: no such {group} file; expected a YAML file or one of the shipped names: "
-            f"{', '.join(shipped_names(group))}."
+            f"{', '.join(shipped_names(group))}{_way_out(group, str(path))}."
         )
     content = read_yaml(path)
     if group == "space":
         modules = content.get("modules") or []
-        content["modules"] = [str((path.parent / module).absolute()) for module in modules]
+        if isinstance(modules, list):  # else the space refuses it
+            content["modules"] = [str((path.parent / str(x)).absolute()) for x in modules]
         content = {"name": path.stem, **OPTIONAL_IN_SPACE, **content}
     elif "defaults" not in content:
         content = _filled(content, _base(command, group, content))
@@ -227,6 +282,8 @@ def _copy(command: str, group: str, path: Path, folder: Path) -> str:
 
 def _base(command: str, group: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shipped file whose values hold where the user's states none."""
+    if group == "device" and "host" in content:
+        content = {"kind": "ssh", **content}
     files = [configs_folder() / group / f"{name}.yaml" for name in shipped_names(group)]
     for key in ("kind", "source", "name"):  # of devices, data and objectives: of the same kind
         for file in files:
@@ -256,7 +313,10 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     given = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         if parse(override) is None:
-            return f"'{override}' is not understood; expected key=value with a YAML value, quoted."
+            return (
+                f"'{override}' is not understood; expected key=value with a YAML value; one that "
+                "begins like a list but is none goes into quotes of its own: \"key='[a'\"."
+            )
         key = override.partition("=")[0].lstrip("+~")
         if key.startswith("space.") and "space" in known and "space" not in given:
             return f"'{override}' changes no space; expected space=NAME or space=PATH beside it."
@@ -322,22 +382,45 @@ def _comment(command: str, key: str, overrides: Sequence[str]) -> str:
     return ""
 
 
-def describe(command: str) -> str:
-    """Return what `fbnas COMMAND --help` prints: the command's own config, explained by itself."""
+def describe(command: str, overrides: Sequence[str] = ()) -> str:
+    """Return what `fbnas COMMAND --help` prints: the command's own config, explained by itself.
+
+    Args:
+        overrides: those that choose a file of a group have it explained instead of the default's.
+
+    Raises:
+        InputError: an override that is no `key=value`, or no such file.
+    """
     own = configs_folder() / f"{command}.yaml"
     head = [line[2:] for line in own.read_text().splitlines() if line[:1] == "#"]
     text = [*head, "", *_multirun_lines(command), "", "Options (key=value), with their defaults:"]
     text += [f"  {line}" for line in _option_lines(own)]
     groups = groups_of(command)
     if groups:
-        text += ["", "Groups (GROUP=NAME, or GROUP=PATH of a YAML file; GROUP.KEY=VALUE):"]
+        text += [
+            "",
+            "Groups (GROUP=NAME, or GROUP=PATH of a YAML file; GROUP.KEY=VALUE), below with the",
+            f"options of their defaults; those of others: fbnas {command} GROUP=NAME --help",
+        ]
     for group in groups:
         text.append(f"  {group}={' | '.join(shipped_names(group))}")
-    for group, name in _defaults(command):
-        text += ["", f"{group}={name}:"]
-        lines = _option_lines(configs_folder() / group / f"{name}.yaml")
-        text += [f"  {group}.{line}" for line in lines]
+    given = dict(split(override) for override in overrides)
+    chosen = dict(_defaults(command)) | {key: given[key] for key in groups if key in given}
+    for group, name in chosen.items():
+        file = find(group, name)
+        text += ["", f"{group}={name}:", *(f"  {line}" for line in _opening(file))]
+        prefix = "" if group == "experiment" else f"{group}."
+        text += [f"  {prefix}{line}" for line in _option_lines(file)]
     return "\n".join(text)
+
+
+def _opening(file: Path) -> Iterator[str]:
+    """The comment that a config opens with."""
+    for line in file.read_text().splitlines():
+        if not line.startswith("#"):
+            return
+        if not line.startswith("# @package"):
+            yield line
 
 
 def _multirun_lines(command: str) -> list[str]:

@@ -17,6 +17,7 @@ def main(config: dict[str, Any]) -> int:
     target_ms = config["target_ms"]
     check_target_ms(target_ms)
     check_suffix(model, device)
+    device.fingerprint()  # it answers, and has the runtime
     config = with_heads_of_file(config, model)
     data = data_of_file(config, model)
     out = OutFolder(config)

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from fbnas.errors import InputError
 from fbnas.files import is_part, read_yaml, remove_parts, write_json, write_yaml
 
 MAY_DIFFER = ("out", "overwrite", "resume", "command_line")  # between a run and its resumption
+BUDGETS = ("target_ms", "target_mj", "target_mb", "max_params", "target_fraction")
 INPUTS = ("table", "model", "backbone", "architecture", "supernet", "run")
 WRITTEN = {"profile": "table", "calibrate": "table"}  # those that a command writes
 
@@ -117,13 +118,27 @@ def _config_before(path: Path) -> dict[str, Any] | None:
 
 
 def _check_same(config: Mapping[str, Any], path: Path, before: Mapping[str, Any]) -> None:
-    """Refuse to continue a run as another one."""
-    for key, value in config.items():
-        if key not in MAY_DIFFER and before.get(key) != value:
-            raise InputError(
-                f"out={path} was begun with another {key} ({before.get(key)}, now {value}); "
-                "resume with the same options, or give another folder."
-            )
+    """Refuse to continue a run as another one; of `fbnas run` the table serves any budget."""
+    unsearched = config["command"] == "run" and not (path / "search").exists()
+    may_differ = (*MAY_DIFFER, *(BUDGETS if unsearched else ()))
+    now = {key: value for key, value in config.items() if key not in may_differ}
+    for key, old, new in _differences({key: before.get(key) for key in now}, now):
+        raise InputError(
+            f"out={path} was begun with another {key} ({old}, now {new}); "
+            "resume with the same options, or give another folder."
+        )
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], within: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs, as (search.epochs, 3, 4); what one of both has not is None."""
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{within}{key}.")
+        elif old != new:
+            yield f"{within}{key}", old, new
 
 
 def _check_inputs(config: Mapping[str, Any], path: Path) -> None:

@@ -33,7 +33,7 @@ from fbnas.commands.parts import (
     space_of,
 )
 from fbnas.commands.stages import Stage, final_measurement, print_stages, stages_of
-from fbnas.commands.targets import choose_target, target_of
+from fbnas.commands.targets import choose_target, range_text, target_of
 from fbnas.commands.teachers import SUPERNET, Sources, check_teacher, teacher_of
 from fbnas.commands.train import report_epoch, start
 from fbnas.errors import InputError, unknown
@@ -87,6 +87,7 @@ class Chain:
 def main(config: dict[str, Any]) -> int:
     _check(config)
     space, device = space_of(config), device_of(config)
+    device.fingerprint()  # it answers, and has the runtime
     data = data_for(config, space)  # before the out folder: a typo must not cost an older run
     if config["table"] is not None:
         given = LatencyTable.load(config["table"])
@@ -95,9 +96,8 @@ def main(config: dict[str, Any]) -> int:
     chain = Chain(config, OutFolder(config), space, data, device)
     headline(f"1/5 latency table of {device.name}: {device.runtime}, {device.precision}")
     table, calibrated = measured_table(chain)
-    target = choose_target(
-        table, space, data.classes, budgets=config, fraction=config["target_fraction"]
-    )
+    target = _target(chain, table)
+    print(range_text(table, space, data.classes))
     budgets = budgets_text(target.limits(space, data.classes))
     headline(f"2/5 search in space {space.name} for {budgets}")
     learned = searched(chain, target)
@@ -179,6 +179,24 @@ def measured_table(chain: Chain) -> tuple[LatencyTable, dict[str, Any] | None]:
         table.save(path)
     write_json(record, found.as_dict())
     return table, found.as_dict()
+
+
+def _target(chain: Chain, table: LatencyTable) -> Target:
+    """Pair the table with the budget; of one that cannot be met the table at least is kept."""
+    config = chain.config
+    try:
+        return choose_target(
+            table,
+            chain.space,
+            chain.data.classes,
+            budgets=config,
+            fraction=config["target_fraction"],
+        )
+    except InputError as error:
+        raise InputError(
+            f"{error} The table is measured: the same command with another budget and resume=true "
+            "goes on from there."
+        ) from error
 
 
 def searched(chain: Chain, target: Target) -> Learned:

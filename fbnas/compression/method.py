@@ -101,6 +101,10 @@ class Method(ABC):
 
     NAME: as in `fbnas compress method=NAME`. SECTION: of the options in `compression`. MEASURES:
     whether it asks `tools.measure` to decide.
+
+    A new one is a file of this folder, its class in METHODS of `__init__.py`, a section SECTION of
+    configs/compression/default.yaml with each option, its default and a comment, and a line in the
+    opening of configs/compress.yaml, which `fbnas compress --help` prints.
     """
 
     NAME: ClassVar[str]

@@ -216,9 +216,12 @@ def check_suffix(model: Path, device: AnyDevice) -> None:
         return
     fitting = [name for name in RUNTIMES if model.suffix in suffixes(name)]
     if not fitting:
-        known = ", ".join(sorted({suffix for name in RUNTIMES for suffix in suffixes(name)}))
+        known = sorted({suffix for name in RUNTIMES for suffix in suffixes(name)})
+        inside = sorted(model.iterdir()) if model.is_dir() else []
+        files = [str(path) for path in inside if path.suffix in known]
         raise InputError(
-            f"{model}: no runtime is known for {model.suffix or 'it'}; expected {known}"
+            f"{model}: no runtime is known for {model.suffix or 'it'}; expected "
+            f"{' or '.join(files) or ', '.join(known)}"
         )
     raise InputError(
         f"{model} is for {' or '.join(fitting)}, the device runs {device.runtime} "

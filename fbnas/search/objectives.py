@@ -4,6 +4,9 @@ Latency is E[LAT] in milliseconds, from softmax(theta), differentiable in theta.
 frozen dataclass; what changes during the search is one number, the multiplier lambda, which the
 loop keeps. Where there is no budget of latency, the first other sum (energy, then parameters)
 takes its place; every further one adds `DualAscent.further_loss`.
+
+A new one is a dataclass here under `@_register(NAME)`, its options with their defaults in
+configs/objective/NAME.yaml, and its name in the comment of target.yaml there.
 """
 
 from collections.abc import Callable

@@ -139,6 +139,11 @@ class SearchSpace:
         values["stages"] = tuple(
             _part(Stage, stage, f"stage {i}") for i, stage in enumerate(content["stages"])
         )
+        for key in ("blocks", "modules"):
+            if not isinstance(content.get(key) or [], (list, tuple)):
+                raise InputError(
+                    f"`{key}` is {content[key]!r}; expected a list, as in [{content[key]}]."
+                )
         values["blocks"] = tuple(content.get("blocks") or NINE_BLOCKS)
         values["modules"] = tuple(
             str(((folder or Path()) / module).absolute()) for module in content.get("modules") or ()

@@ -154,6 +154,14 @@ def test_a_wrong_value_is_answered_with_what_was_expected(
     assert not Path("out").exists()
 
 
+def test_what_a_group_does_not_name_is_named_as_it_is_meant(refused: Callable[..., str]) -> None:
+    Path("photos").mkdir()
+    for name in ("photos", "./photos"):
+        assert f"data=image_folder data.path={Path(name)}." in refused("run", f"data={name}")
+    assert "Did you mean 'tiny.yaml'?" in refused("run", "space=tiny")
+    assert "device=ssh device.host=pi@board" in refused("run", "device=pi@board")
+
+
 @pytest.mark.parametrize("command", [RUN, SEARCH], ids=["run", "search"])
 @pytest.mark.parametrize("value", ["0", "-1", "abc", "true", "nan"])
 def test_a_target_that_is_no_time(
@@ -174,6 +182,22 @@ def test_an_infeasible_target_is_answered_with_the_fastest_and_the_slowest(
     assert words in line
     assert "3.6 ms" in line
     assert "12.1 ms" in line
+
+
+def test_a_measured_table_serves_another_budget_after_an_infeasible_one(
+    refused: Callable[..., str],
+) -> None:
+    run = ["run", "space=tiny.yaml", "networks=0", "out=out"]
+    Path("out").mkdir()
+    begun = compose("run", [*run[1:], "target_ms=3.4"])
+    Path("out/config.yaml").write_text(yaml.safe_dump(begun))
+    Path("out/table.csv").write_bytes(Path("table.csv").read_bytes())
+    line = refused(*run, "target_ms=3.5", "resume=true")
+    assert "the fastest network takes 3.6 ms" in line
+    assert "another budget and resume=true" in line
+    with pytest.raises(AssertionError, match="training began"):
+        main([*run, "target_ms=7", "resume=true"])
+    assert "was begun with another target_ms" in refused(*run, "target_ms=8", "resume=true")
 
 
 def edit(path: str, old: str, new: str) -> None:
@@ -232,6 +256,7 @@ def test_a_network_without_its_weights(refused: Callable[..., str]) -> None:
 
 def test_a_truncated_model_file(refused: Callable[..., str]) -> None:
     assert main(["export", "model=network", "measure=false", "out=exported"]) == 0
+    assert "expected exported/model.onnx" in refused("evaluate", "model=exported")
     Path("short.onnx").write_bytes(Path("exported/model.onnx").read_bytes()[:3000])
     assert "short.onnx: not a whole ONNX file" in refused("evaluate", "model=short.onnx")
     assert "short.onnx: not a whole ONNX file" in refused(
@@ -282,6 +307,15 @@ def test_an_out_folder_that_holds_a_run(refused: Callable[..., str]) -> None:
         *RUN, "overwrite=true", "data=image_folder", "data.path=nowhere"
     )
     assert Path("out/result.json").read_text() == before  # a typo costs no older run
+    unread = ["data=image_folder", "data.path=nowhere"]
+    assert "holds a finished run" in refused(*RUN, *unread)  # before images are read
+
+
+def test_a_device_that_does_not_answer_leaves_no_folder(refused: Callable[..., str]) -> None:
+    for command in (["run", "space=tiny.yaml"], ["evaluate", "model=a.onnx"]):
+        line = refused(*command, "device.python=nowhere", "out=out")
+        assert "device.python=nowhere cannot be started" in line
+    assert not Path("out").exists()
 
 
 def test_sampling_never_empties_a_folder_unasked(refused: Callable[..., str]) -> None:
@@ -310,6 +344,8 @@ def test_a_run_is_not_continued_as_another_one(refused: Callable[..., str]) -> N
     Path("out/config.yaml").write_text(yaml.safe_dump(compose("search", SEARCH[1:])))
     line = refused(*SEARCH, "target_ms=6", "resume=true")
     assert "was begun with another target_ms (None, now 6)" in line
+    line = refused(*SEARCH, "search.schedule.tau=[[0,2.0]]", "resume=true")
+    assert "was begun with another search.schedule.tau ([], now [[0, 2.0]])" in line
 
 
 def test_overwriting_never_deletes_what_is_read(refused: Callable[..., str]) -> None:

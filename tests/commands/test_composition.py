@@ -1,5 +1,6 @@
 """Every config with every command that takes it, files of the user's own, and --help."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import yaml
 from fbnas.commands import COMMANDS, main
 from fbnas.commands.composition import compose, describe, groups_of
 from fbnas.commands.sweep import plan
+from fbnas.compression import METHODS
 from fbnas.errors import InputError
 from fbnas.latency.devices import Device
 from fbnas.search import build_objective
@@ -124,6 +126,22 @@ def test_help_explains_every_option(command: str) -> None:
     assert all(f"  {group}=" in "\n".join(lines) for group in groups_of(command))
 
 
+def test_help_explains_the_files_that_are_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = write(tmp_path / "mine.yaml", {"lr": 0.3}, "# Ours.\n")
+    chosen = ["data=image_folder", f"training={own}", "experiment=quickstart"]
+    assert main(["run", *chosen, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "  # Folders of images, one folder per class" in shown
+    assert "  data.path: (required)" in shown
+    assert "  # Ours.\n  training.lr: 0.3" in shown
+    assert "  search.epochs: 60" in shown.partition("experiment=quickstart:")[2]
+    assert "data.path: null" not in shown
+    assert main(["run", "data=image_folders", "--help"]) == 2
+    assert "Did you mean 'image_folder'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_examples_that_compose(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +159,14 @@ def test_help_shows_examples_that_compose(
         else:
             assert compose(command, overrides)["command"] == command
     assert any(f"fbnas {command} -m " in example for example in examples)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_its_options_in_a_config_and_its_line_in_help(name: str) -> None:
+    shipped = yaml.safe_load((configs_folder() / "compression" / "default.yaml").read_text())
+    options = {field.name for field in dataclasses.fields(METHODS[name])} - {"seed"}
+    assert set(shipped[METHODS[name].SECTION]) == options
+    assert re.search(rf"^{name} +[a-z]", describe("compress"), flags=re.M)
 
 
 def test_the_general_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +224,9 @@ def test_what_a_users_file_leaves_out_is_as_shipped(tmp_path: Path) -> None:
     assert (device.name, device.precision, device.threads) == ("local", "fp32", 4)
     own = compose("run", [f"objective={write(tmp_path / 'o.yaml', {'name': 'hinge'})}"])
     assert build_objective(**own["objective"]) == build_objective(name="hinge")
+    file = write(tmp_path / "board.yaml", {"host": "pi@board"})
+    device = Device.from_dict(compose("profile", ["table=t", f"device={file}"])["device"])
+    assert (device.kind, device.name, device.host) == ("ssh", "pi@board", "pi@board")
     file = write(tmp_path / "c.yaml", {"pruning": {"ratio": 0.5}})
     shipped = compose("run", [])["compression"]
     shipped["pruning"]["ratio"] = 0.5
@@ -230,6 +259,32 @@ def test_a_space_with_blocks_of_the_users_own(
     assert main(["count", "architecture=a.yaml", "space=sub/own.yaml", "classes=10"]) == 0
     params = (3 * 8 + 8 * 8 + 8 * 8) * 9 + 8 * 16 + 16 * 10 + 10  # stem, two blocks, head, scores
     assert f"{params:,} parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["My Photos (2)", "Fotos_äöü", "it's", "a&b#c", "a[1]", "a=b", "one, two", r"a\b"]
+)
+def test_a_path_may_hold_any_sign(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    for path in (name, str(tmp_path / name)):
+        config = compose("run", ["data=image_folder", f"data.path={path}", f"out={path}"])
+        assert (config["data"]["path"], config["out"]) == (path, path)
+    assert plan("search", ["table=t.csv", "seed=1,2", f"out={name}"]).root == Path(name)
+
+
+def test_a_home_folder_is_found_but_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path / "d.yaml", {"source": "image_folder", "path": "~/my photos"})
+    assert compose("run", [f"data={file}"])["data"]["path"] == f"{tmp_path}/my photos"
+    board = ["device=ssh", "device.host=pi", "device.folder=~/there"]
+    config = compose("evaluate", ["model=~/a.onnx", *board])
+    assert config["model"] == f"{tmp_path}/a.onnx"
+    assert config["device"]["folder"] == "~/there"
 
 
 def test_an_experiment_of_the_users_own(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_skip_can_be_switched_off_where_the_shape_changes() -> None:
         ({"stages": [{"channels": 8, "layers": 1}]}, "expected exactly the keys"),
         ({"head": 0}, "expected a whole number of at least 1"),
         ({"modules": ["nowhere.py"]}, "no such module"),
+        ({"modules": "mine.py"}, "`modules` is 'mine.py'; expected a list, as in [mine.py]"),
+        ({"blocks": "skip"}, "`blocks` is 'skip'; expected a list, as in [skip]"),
     ],
 )
 def test_a_bad_space_is_one_clear_line(change: dict, words: str, tmp_path: Path) -> None:

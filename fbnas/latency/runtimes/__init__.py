@@ -21,8 +21,12 @@ and, on the device, where runner.py loads the file by itself,
     run_timed(model, repeats) -> ms    optional: mean of a run, by a clock better than the host's
 `batch=None` leaves the batch open where the format can, else it is 1. `load` and `feed` raise
 ValueError, in the runtime's own words, for what they cannot take. The file imports nothing of
-fbnas at its top, and no torch outside `compile` unless torch is the runtime. A new runtime is one
-file and one line in RUNTIMES; tests/latency/test_runtimes.py then tests it.
+fbnas at its top, and no torch outside `compile` unless torch is the runtime, so what two runtimes
+share is written twice. A new runtime is one file and one line in RUNTIMES;
+tests/latency/test_runtimes.py then tests it. `profile`, `search` and `train` need no more, nor does
+any command where its files are ONNX; to `export` and `evaluate` files of a suffix of its own are a
+line of FORMATS in export/formats.py, ten lines of python in export/examples.py, and what
+`read_metadata` in export/metadata.py is to find in them; tests/export then tests these.
 """
 
 import importlib
