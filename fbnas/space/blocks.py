@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fbnas.errors import InputError, unknown
 from fbnas.space.depthwise import DepthwiseConv2d
+from fbnas.space.pointwise import PointwiseConv2d
 
 BlockFactory = Callable[[int, int, int], nn.Module]
 BLOCKS: dict[str, BlockFactory] = {}
@@ -66,8 +67,10 @@ class ConvBN(nn.Sequential):
         relu: bool = True,
     ) -> None:
         depthwise = groups == in_channels == out_channels > 1
+        pointwise = kernel == 1 and stride > 1
+        kind = DepthwiseConv2d if depthwise else PointwiseConv2d if pointwise else nn.Conv2d
         super().__init__(
-            (DepthwiseConv2d if depthwise else nn.Conv2d)(
+            kind(
                 in_channels,
                 out_channels,
                 kernel,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbnas.space.pointwise import PointwiseConv2d
+
 
 class Rounding(nn.Module):
     """A feature map in fixed point: step * clamp(round(x / step), -2^(b-1), 2^(b-1) - 1).
@@ -56,7 +58,7 @@ def factored(layer: nn.Conv2d | nn.Linear, rank: int) -> nn.Sequential:
         first: nn.Module = nn.Linear(layer.in_features, rank, bias=False)
         second: nn.Module = nn.Linear(rank, layer.out_features)
     else:
-        first = nn.Conv2d(
+        first = (PointwiseConv2d if isinstance(layer, PointwiseConv2d) else nn.Conv2d)(
             layer.in_channels,
             rank,
             layer.kernel_size,  # type: ignore[arg-type]
