@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fbnas.errors import InputError, unknown
 from fbnas.space.depthwise import DepthwiseConv2d
-from fbnas.space.pointwise import PointwiseConv2d
+from fbnas.space.pointwise import secure_
 
 BlockFactory = Callable[[int, int, int], nn.Module]
 BLOCKS: dict[str, BlockFactory] = {}
@@ -50,7 +50,7 @@ def build_block(name: str, in_channels: int, out_channels: int, stride: int) -> 
     """
     if name not in BLOCKS:
         raise unknown("block", name, BLOCKS)
-    return BLOCKS[name](in_channels, out_channels, stride)
+    return secure_(BLOCKS[name](in_channels, out_channels, stride))
 
 
 class ConvBN(nn.Sequential):
@@ -67,10 +67,8 @@ class ConvBN(nn.Sequential):
         relu: bool = True,
     ) -> None:
         depthwise = groups == in_channels == out_channels > 1
-        pointwise = kernel == 1 and stride > 1
-        kind = DepthwiseConv2d if depthwise else PointwiseConv2d if pointwise else nn.Conv2d
         super().__init__(
-            kind(
+            (DepthwiseConv2d if depthwise else nn.Conv2d)(
                 in_channels,
                 out_channels,
                 kernel,

@@ -36,3 +36,12 @@ class PointwiseConv2d(nn.Conv2d):
             and self.padding == (0, 0)
             and input.device.type == "cpu"
         )
+
+
+def secure_(block: nn.Module) -> nn.Module:
+    """Make the plain strided 1x1 convolutions of a block, a user's own too, safe; return it."""
+    for module in block.modules():
+        plain = type(module) is nn.Conv2d
+        if plain and module.kernel_size == (1, 1) and module.stride != (1, 1):
+            module.__class__ = PointwiseConv2d
+    return block

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fbnas.space.blocks import BLOCKS, build_block, register_block
 from fbnas.space.pointwise import PointwiseConv2d
 from fbnas.space.structure import factored
 
@@ -40,6 +41,13 @@ def test_numbers_are_those_of_the_plain_layer(
         found.append([output, *gradients])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_users_block_is_as_safe() -> None:
+    register_block("shortcut")(lambda i, o, s: nn.Sequential(nn.Conv2d(i, o, 1, s), nn.ReLU()))
+    assert isinstance(build_block("shortcut", 8, 16, 2)[0], PointwiseConv2d)
+    assert type(build_block("shortcut", 8, 16, 1)[0]) is nn.Conv2d
+    BLOCKS.pop("shortcut")
 
 
 def test_a_factored_layer_is_as_safe() -> None:
