@@ -6,6 +6,7 @@ from typing import Any
 from fbnas.report.run import Run
 from fbnas.report.words import digits, duration, ms, percent, scaled
 
+INT8_STAGES = ("int8", "qat")  # of a run, whatever precision its device has
 LEAST_TOLERANCE = 0.05  # the contract of exit code 3: 5 % or twice the noise floor, the greater
 
 
@@ -107,11 +108,16 @@ def _trained(run: Run) -> str:
 
 
 def _device(run: Run) -> str:
-    """Name the device with its runtime and precision, from the result or the table's header."""
+    """Name the device with its runtime, and the precision of the file that it runs.
+
+    From the result or the table's header; a run for an fp32 device may end on an int8 file.
+    """
     device: dict[str, Any] = run.result.get("device") or {}
     header = run.tables[0].header if run.tables else {}
     name = device.get("device") or device.get("name") or "this device"
     how = [str(device.get(key) or header.get(key) or "") for key in ("runtime", "precision")]
+    if run.result.get("final_stage") in INT8_STAGES:
+        how[1] = "int8"
     return f"{name} ({', '.join(word for word in how if word)})" if any(how) else str(name)
 
 

@@ -85,6 +85,15 @@ def test_a_search_that_has_just_begun(tmp_path: Path) -> None:
     assert len(page.figures["theta-0"]["frames"]) == made.EPOCHS
 
 
+def test_the_precision_is_that_of_the_final_file(run_folder: Path) -> None:
+    result = read_json(run_folder / "result.json")
+    result["device"]["precision"] = "fp32"
+    for stage, precision in (("pruned", "fp32"), ("int8", "int8"), ("qat", "int8")):
+        write_json(run_folder / "result.json", result | {"final_stage": stage})
+        summary = ParsedPage(write_report(run_folder)).text_of["summary"]
+        assert f"(onnxruntime, {precision})" in summary
+
+
 def test_a_stage_that_was_never_measured(run_folder: Path) -> None:
     result = read_json(run_folder / "result.json")
     result["stages"][1] = {"name": "pruned", "accepted": False, "reason": "could not be exported"}
