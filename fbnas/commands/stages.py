@@ -23,7 +23,7 @@ from fbnas.commands.compress import (
 )
 from fbnas.commands.int8 import quantized
 from fbnas.commands.teachers import Sources
-from fbnas.compression import calibration_images
+from fbnas.compression import LatencyNotReached, calibration_images
 from fbnas.compression.packing import PACKED_FILE
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
@@ -100,24 +100,32 @@ def stages_of(
     return stages
 
 
-def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage:
-    """Apply a method to the network of the best stage, and export what comes of it."""
+def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage | None:
+    """Apply a method to the network of the best stage, and export what comes of it.
+
+    None where the device does not get as fast as the method is to make it: that is told, and hours
+    of search and training are not lost for it.
+    """
     stage = STAGES.get(name, name)
     if not (run.folder / stage / "network.yaml").is_file():
         network, card = load_network(run.folder / best.network)
         method, folder = build_method(name, run.config), run.folder / stage
         timing = DeviceMeasure(run.device, card.input_shape, folder, run.config["seed"])
-        report = compress_and_save(
-            network,
-            card,
-            run.data,
-            run.config,
-            folder,
-            methods=[method],
-            resume=resume,
-            measure=timing if method.MEASURES else None,
-            sources=Sources(run.folder / "search", load_network(run.folder / "train")[0]),
-        )
+        try:
+            report = compress_and_save(
+                network,
+                card,
+                run.data,
+                run.config,
+                folder,
+                methods=[method],
+                resume=resume,
+                measure=timing if method.MEASURES else None,
+                sources=Sources(run.folder / "search", load_network(run.folder / "train")[0]),
+            )
+        except LatencyNotReached as error:
+            print(f"{name} is left out: {error}")
+            return None
         packed_file(run.config, folder, network, report)
     return _exported(stage, stage, run.folder, run.data, run.device)
 

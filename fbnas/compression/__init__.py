@@ -12,7 +12,12 @@ from fbnas.compression.equalisation import equalise_
 from fbnas.compression.fixed_point import FixedPoint
 from fbnas.compression.holding import held, shared, weighted
 from fbnas.compression.iterative import IterativePruning, PruningStep
-from fbnas.compression.latency_pruning import ChannelStep, LatencyOutcome, LatencyPruning
+from fbnas.compression.latency_pruning import (
+    ChannelStep,
+    LatencyNotReached,
+    LatencyOutcome,
+    LatencyPruning,
+)
 from fbnas.compression.layer_scan import LayerScan
 from fbnas.compression.lottery import LotteryTicket, Round
 from fbnas.compression.low_rank import LowRank
@@ -59,6 +64,7 @@ __all__ = [
     "Facts",
     "FixedPoint",
     "IterativePruning",
+    "LatencyNotReached",
     "LatencyOutcome",
     "LatencyPruning",
     "LayerScan",

@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 Widths = dict[str, int]  # channels by set
 
 
+class LatencyNotReached(InputError):
+    """However much may be pruned, the device does not get as fast as was asked for."""
+
+
 @dataclass(frozen=True)
 class LatencyPruning(Method):
     """Prune to a latency, the channels chosen by what they cost on the device; then fine-tune.
@@ -108,8 +112,9 @@ class LatencyPruning(Method):
         which a resumed command decides as before; and latency_pruning.json, the report.
 
         Raises:
-            InputError: nothing measures and there is no table, there are no images for taylor or
-                hessian, or the latency cannot be reached.
+            InputError: nothing measures and there is no table, or there are no images for taylor or
+                hessian.
+            LatencyNotReached: as far as it may be pruned.
         """
         ranked = rank(model, self.pruning(), tools)[1]
         full = {found.name: found.channels for found in ranked}
@@ -133,7 +138,7 @@ class LatencyPruning(Method):
         tried = self._tries(model, planner, tools, measure)
         best = min(tried, key=lambda each: _merit(each, self.latency + self.tolerance))
         if best.fraction > self.latency + self.tolerance:
-            raise InputError(
+            raise LatencyNotReached(
                 f"latency is {self.latency:g} of {planner.own_ms:.4g} ms; {best.fraction:.3g} is "
                 f"the least that was reached with max_ratio={self.max_ratio:g}: ask for more, or "
                 "raise max_ratio."

@@ -154,7 +154,8 @@ def _stacks(work: str, seed: int) -> list[Trial]:
                sparse, *_shared(4)),
         _stack(("sparsity", "qat"), "0.8, 8", sparse, *QAT_RATE),
         _stack(("low_rank", "int8"), "1.5", "compression.low_rank.speedup=1.5", *INT8_PLAIN),
-        _stack(("channel_pruning", "int8"), f"{RATIOS[1]:g} mixed", pruning, timed=True),
+        *(_stack(("channel_pruning", "int8"), f"{x:g} mixed", f"compression.pruning.ratio={x}",
+                 timed=True) for x in (0.25, RATIOS[1])),
         *(_stack(("latency_pruning", "int8"), f"{x:g} mixed", *_latency(work, seed, x), timed=True)
           for x in (0.65, 0.5)),
         _stack(("latency_pruning", "qat"), "0.65", *_latency(work, seed, 0.65), *QAT_RATE,

@@ -74,7 +74,7 @@ def page(files: pd.DataFrame, int8: dict[str, Any], saves: pd.DataFrame) -> str:
     made = files[files.left_out.isna()] if "left_out" in files else files
     for row in made.itertuples():
         lines.append(
-            f"| {row.file} | {row.runtime} | {row.precision} | {row.bytes:,} "
+            f"| {row.file} | {row.runtime} | {row.precision} | {int(row.bytes):,} "
             f"| {100 * row.accuracy_top1:.2f} | {row.parity_max_error:.1e} "
             f"| {100 * row.parity_argmax_agreement:.1f} | {row.latency_ms:.4f} ({row.low_ms:.4f} "
             f"to {row.high_ms:.4f}) | {100 * row.noise_floor:.1f} |"

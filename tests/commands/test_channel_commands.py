@@ -187,3 +187,20 @@ def test_a_stage_of_a_run_measures_for_the_methods_that_ask(
     assert asked > 2
     assert _compressed("channel_pruning", trained, judge, resume=False).params > 0
     assert len(device.asked) == asked
+
+
+def test_a_run_goes_on_without_a_latency_that_its_network_cannot_reach(
+    network: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Busy(monkeypatch)
+    shutil.copytree(network, tmp_path / "train")
+    low = "compression.latency_pruning.latency=0.01"
+    config = compose_single("run", [*LATENCY[1:], *SMALL, low])
+    judge = Judge(config, tmp_path, load_data("digits", limit=320), Device())
+    trained = Stage("fp32", tmp_path / "fp32.onnx", "train", 0, 0, 0.0)
+    assert _compressed("latency_pruning", trained, judge, resume=False) is None
+    assert "latency_pruning is left out: latency is 0.01 of" in capsys.readouterr().out
+    assert not (tmp_path / "latency_pruning" / "network.yaml").exists()
