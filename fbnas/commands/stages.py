@@ -23,7 +23,7 @@ from fbnas.commands.compress import (
 )
 from fbnas.commands.int8 import quantized
 from fbnas.commands.teachers import Sources
-from fbnas.compression import LatencyNotReached, calibration_images
+from fbnas.compression import LatencyNotReachedError, calibration_images
 from fbnas.compression.packing import PACKED_FILE
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
@@ -123,7 +123,7 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage 
                 measure=timing if method.MEASURES else None,
                 sources=Sources(run.folder / "search", load_network(run.folder / "train")[0]),
             )
-        except LatencyNotReached as error:
+        except LatencyNotReachedError as error:
             print(f"{name} is left out: {error}")
             return None
         packed_file(run.config, folder, network, report)

@@ -14,7 +14,7 @@ from fbnas.compression.holding import held, shared, weighted
 from fbnas.compression.iterative import IterativePruning, PruningStep
 from fbnas.compression.latency_pruning import (
     ChannelStep,
-    LatencyNotReached,
+    LatencyNotReachedError,
     LatencyOutcome,
     LatencyPruning,
 )
@@ -64,7 +64,7 @@ __all__ = [
     "Facts",
     "FixedPoint",
     "IterativePruning",
-    "LatencyNotReached",
+    "LatencyNotReachedError",
     "LatencyOutcome",
     "LatencyPruning",
     "LayerScan",

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 Widths = dict[str, int]  # channels by set
 
 
-class LatencyNotReached(InputError):
+class LatencyNotReachedError(InputError):
     """However much may be pruned, the device does not get as fast as was asked for."""
 
 
@@ -114,7 +114,7 @@ class LatencyPruning(Method):
         Raises:
             InputError: nothing measures and there is no table, or there are no images for taylor or
                 hessian.
-            LatencyNotReached: as far as it may be pruned.
+            LatencyNotReachedError: as far as it may be pruned.
         """
         ranked = rank(model, self.pruning(), tools)[1]
         full = {found.name: found.channels for found in ranked}
@@ -138,7 +138,7 @@ class LatencyPruning(Method):
         tried = self._tries(model, planner, tools, measure)
         best = min(tried, key=lambda each: _merit(each, self.latency + self.tolerance))
         if best.fraction > self.latency + self.tolerance:
-            raise LatencyNotReached(
+            raise LatencyNotReachedError(
                 f"latency is {self.latency:g} of {planner.own_ms:.4g} ms; {best.fraction:.3g} is "
                 f"the least that was reached with max_ratio={self.max_ratio:g}: ask for more, or "
                 "raise max_ratio."
