@@ -17,6 +17,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 COSTS = {"stored_bytes": "kB as stored", "latency_ms": "ms measured"}
+SHOWN = 15  # points of accuracy below the best that the plot shows
 ORDERS = ("channel_pruning+qat", "qat+channel_pruning+int8")  # both fine-tune twice
 
 
@@ -196,6 +197,11 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             ticks(lambda cost, _: f"{cost:g}")
         axes.set(xlabel=unit, ylabel="test accuracy, %")
+        cut = 100 * rows.accuracy.max() - SHOWN
+        below = rows[100 * rows.accuracy < cut].trial
+        if len(below):
+            axes.set_ylim(bottom=cut)
+            axes.set_ylabel(f"test accuracy, %; below: {'; '.join(below)}")
         axes.grid(alpha=0.3, which="both")
         name_front(axes, best, scale * best[cost])
     panels[0].legend(fontsize=8, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.02))
