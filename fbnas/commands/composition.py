@@ -180,7 +180,7 @@ def _escaped(override: str) -> str:
     """
     key, _, value = override.partition("=")
     if NO_PATH.match(value):
-        return override
+        return f"{key}={_marked(value)}" if "=" in override else override
     if "," in value and not _is_there(value):
         return f"{key}={_marked(value)}"
     if "," in value or not _is_read(f"{key}={_marked(value)}"):

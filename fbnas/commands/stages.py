@@ -23,7 +23,7 @@ from fbnas.commands.compress import (
 )
 from fbnas.commands.int8 import quantized
 from fbnas.commands.teachers import Sources
-from fbnas.compression import LatencyNotReachedError, calibration_images
+from fbnas.compression import LatencyNotReachedError, LatencyPruning, calibration_images
 from fbnas.compression.packing import PACKED_FILE
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
@@ -35,7 +35,7 @@ from fbnas.space import Count, count, load_network
 from fbnas.training.data import Data, Subset, batches
 
 PARITY_IMAGES = 64
-STAGES = {"channel_pruning": "pruned"}  # others have the name of their method
+PRUNINGS = ("channel_pruning", "latency_pruning")  # the first of them is the stage `pruned`
 
 
 @dataclass
@@ -103,13 +103,15 @@ def stages_of(
 def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage | None:
     """Apply a method to the network of the best stage, and export what comes of it.
 
-    None where the device does not get as fast as the method is to make it: that is told, and hours
-    of search and training are not lost for it.
+    None where pruning does not make the device faster: that is told, and hours of search and
+    training are not lost for it.
     """
-    stage = STAGES.get(name, name)
+    stage = stage_name(name, run.config["compression"]["methods"])
     if not (run.folder / stage / "network.yaml").is_file():
         network, card = load_network(run.folder / best.network)
         method, folder = build_method(name, run.config), run.folder / stage
+        if isinstance(method, LatencyPruning):
+            method = replace(method, strict=False)
         timing = DeviceMeasure(run.device, card.input_shape, folder, run.config["seed"])
         try:
             report = compress_and_save(
@@ -128,6 +130,12 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage 
             return None
         packed_file(run.config, folder, network, report)
     return _exported(stage, stage, run.folder, run.data, run.device)
+
+
+def stage_name(method: str, methods: Sequence[str]) -> str:
+    """Return the name of a method's stage: that of the method, but for the first pruning."""
+    first = next((name for name in methods if name in PRUNINGS), None)
+    return "pruned" if method == first else method
 
 
 @dataclass(frozen=True)

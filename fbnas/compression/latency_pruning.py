@@ -60,6 +60,8 @@ class LatencyPruning(Method):
         tolerance: a measured latency so near to the one asked for, as a fraction of the network's
             own, is met.
         corrections: how often a plan that missed it is corrected.
+        strict: refuse a latency that cannot be reached; False: prune to the least that was, if it
+            is less by more than the tolerance.
         table: of single layers, as an earlier run left it in channel_steps.csv; None to measure.
         seed, images: as of `ChannelPruning`.
     """
@@ -75,6 +77,7 @@ class LatencyPruning(Method):
     max_ratio: float = 0.75
     tolerance: float = 0.02
     corrections: int = 3
+    strict: bool = True
     table: str | None = None
     seed: int = 0
     images: int = 256
@@ -137,7 +140,8 @@ class LatencyPruning(Method):
         planner = Planner.of(ranked, widths, costs, own_ms=own_ms)
         tried = self._tries(model, planner, tools, measure)
         best = min(tried, key=lambda each: _merit(each, self.latency + self.tolerance))
-        if best.fraction > self.latency + self.tolerance:
+        enough = self.latency if self.strict else 1 - 2 * self.tolerance
+        if best.fraction > enough + self.tolerance:
             raise LatencyNotReachedError(
                 f"latency is {self.latency:g} of {planner.own_ms:.4g} ms; {best.fraction:.3g} is "
                 f"the least that was reached with max_ratio={self.max_ratio:g}: ask for more, or "

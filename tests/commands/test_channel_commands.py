@@ -177,7 +177,8 @@ def test_a_stage_of_a_run_measures_for_the_methods_that_ask(
 ) -> None:
     device = Busy(monkeypatch)
     shutil.copytree(network, tmp_path / "train")
-    config = compose_single("run", [*LATENCY[1:], *SMALL, "compression.pruning.round_to=4"])
+    both = "compression.methods=[channel_pruning,latency_pruning]"
+    config = compose_single("run", [*LATENCY[1:], *SMALL, both, "compression.pruning.round_to=4"])
     judge = Judge(config, tmp_path, load_data("digits", limit=320), Device())
     trained = Stage("fp32", tmp_path / "fp32.onnx", "train", 0, 0, 0.0)
     (tmp_path / "models").mkdir()
@@ -197,10 +198,29 @@ def test_a_run_goes_on_without_a_latency_that_its_network_cannot_reach(
 ) -> None:
     Busy(monkeypatch)
     shutil.copytree(network, tmp_path / "train")
-    low = "compression.latency_pruning.latency=0.01"
-    config = compose_single("run", [*LATENCY[1:], *SMALL, low])
+    low = [f"compression.latency_pruning.{x}" for x in ("latency=0.01", "max_ratio=0.01")]
+    config = compose_single("run", [*LATENCY[1:], *SMALL, *low])
     judge = Judge(config, tmp_path, load_data("digits", limit=320), Device())
     trained = Stage("fp32", tmp_path / "fp32.onnx", "train", 0, 0, 0.0)
     assert _compressed("latency_pruning", trained, judge, resume=False) is None
     assert "latency_pruning is left out: latency is 0.01 of" in capsys.readouterr().out
-    assert not (tmp_path / "latency_pruning" / "network.yaml").exists()
+    assert not (tmp_path / "pruned" / "network.yaml").exists()
+
+
+def test_the_default_of_a_run_prunes_as_far_as_the_device_gets_faster(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Busy(monkeypatch)
+    shutil.copytree(network, tmp_path / "train")
+    config = compose_single(
+        "run", [*LATENCY[2:], *SMALL, "compression.latency_pruning.latency=0.01"]
+    )
+    assert config["compression"]["methods"] == ["latency_pruning", "int8"]
+    judge = Judge(config, tmp_path, load_data("digits", limit=320), Device())
+    trained = Stage("fp32", tmp_path / "fp32.onnx", "train", 10**6, 0, 0.0)
+    (tmp_path / "models").mkdir()
+    stage = _compressed("latency_pruning", trained, judge, resume=False)
+    assert stage is not None and stage.name == "pruned"
+    assert stage.params < 10**6
+    reached = json.loads((tmp_path / "pruned" / "latency_pruning.json").read_text())
+    assert reached["asked"] == 0.01

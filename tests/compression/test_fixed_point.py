@@ -169,7 +169,7 @@ def test_a_rounded_network_may_differ_by_steps_from_its_file(
 
     A file and a device's check allow a network in floats 1e-3 as ever.
     """
-    monkeypatch.setattr("fbnas.export.onnx._compare", lambda *_: (0.01, 1.0))
+    monkeypatch.setattr("fbnas.export.onnx.compare", lambda *_: (0.01, 1.0))
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     rounded = nn.Sequential(Rounding(8, 4), *plain)
     assert export_onnx(rounded, tmp_path / "a.onnx", input_shape=(1, 8, 8)).max_error == 0.01
