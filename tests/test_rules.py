@@ -91,6 +91,7 @@ def test_runtimes_shadow_no_package() -> None:
             "fbnas.search, fbnas.training, fbnas.latency.table, fbnas.export, fbnas.compression",
             "hydra omegaconf plotly onnxruntime datasets kornia torch_pruning sklearn tensorboard",
         ),
+        ("fbnas.commands.composition", "torch"),  # help and refusals
     ],
 )
 def test_importing_takes_in_nothing_heavy(module: str, absent: str) -> None:

@@ -24,7 +24,6 @@ from fbnas.commands.values import check_values
 from fbnas.errors import InputError, closest
 from fbnas.files import read_yaml
 from fbnas.shipped import configs_folder, find, looks_like_path, shipped_names
-from fbnas.space.heads import check_head_names
 
 GROUPS = (
     "space",
@@ -120,6 +119,8 @@ def _data_of_heads(command: str, heads: Mapping[Any, Any]) -> dict[str, dict[str
     Raises:
         InputError: fewer than two heads, or one with neither.
     """
+    from fbnas.space.heads import check_head_names  # brings torch: help and refusals do without
+
     names = [str(name) for name in heads]
     check_head_names(names)
     return {

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -122,14 +122,8 @@ def _measured(latencies: Latencies) -> dict[str, Any]:
 
 def write_sensitivities(folder: Path, report: QuantizationReport) -> None:
     """Write the table and the plot of what int8 of each layer alone does."""
-    rows = io.StringIO()
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow([*(field.name for field in fields(Sensitivity)), "left_in_float"])
     left = set(report.float_layers)
-    for found in report.sensitivities:
-        values = [f"{value:.6g}" for value in list(asdict(found).values())[1:]]
-        writer.writerow([found.layer, *values, str(found.layer in left).lower()])
-    atomic_write(folder / TABLE, rows.getvalue())
+    _write_table(folder / TABLE, report.sensitivities, left)
     bars = [
         Bar(
             short(found.layer),
@@ -156,13 +150,7 @@ def write_sensitivities(folder: Path, report: QuantizationReport) -> None:
 def write_layer_costs(folder: Path, report: QuantizationReport, latencies: Latencies) -> None:
     """Write the table and the plot of what int8 of each layer saves on the device."""
     left, costs = set(report.float_layers), latencies.layer_costs
-    rows = io.StringIO()
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow([*(field.name for field in fields(LayerCost)), "left_in_float"])
-    for cost in costs:
-        values = f"{cost.saved_ms:.6g}", f"{cost.change_ms:.6g}"
-        writer.writerow([cost.layer, *values, str(cost.layer in left).lower()])
-    atomic_write(folder / COSTS_TABLE, rows.getvalue())
+    _write_table(folder / COSTS_TABLE, costs, left)
     bars = [
         Bar(
             short(cost.layer),
@@ -188,6 +176,20 @@ def write_layer_costs(folder: Path, report: QuantizationReport, latencies: Laten
         ],
     )
     print(f"what int8 of each layer saves: {folder / COSTS_TABLE}, {folder / COSTS_PLOT}")
+
+
+def _write_table(
+    path: Path, found: Sequence[Sensitivity] | Sequence[LayerCost], left: Collection[str]
+) -> None:
+    """Write a row per layer: its name, the other fields, and whether it was left in float."""
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow([*(field.name for field in fields(found[0])), "left_in_float"])
+    for each in found:
+        layer, *numbers = asdict(each).values()
+        values = [f"{number:.6g}" for number in numbers]
+        writer.writerow([layer, *values, str(layer in left).lower()])
+    atomic_write(path, rows.getvalue())
 
 
 def short(layer: str) -> str:

@@ -140,8 +140,8 @@ class LatencyPruning(Method):
         planner = Planner.of(ranked, widths, costs, own_ms=own_ms)
         tried = self._tries(model, planner, tools, measure)
         best = min(tried, key=lambda each: _merit(each, self.latency + self.tolerance))
-        enough = self.latency if self.strict else 1 - 2 * self.tolerance
-        if best.fraction > enough + self.tolerance:
+        missed = best.fraction > self.latency + self.tolerance
+        if missed and (self.strict or best.fraction > 1 - self.tolerance):
             raise LatencyNotReachedError(
                 f"latency is {self.latency:g} of {planner.own_ms:.4g} ms; {best.fraction:.3g} is "
                 f"the least that was reached with max_ratio={self.max_ratio:g}: ask for more, or "
