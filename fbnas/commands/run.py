@@ -40,7 +40,7 @@ from fbnas.errors import InputError, unknown
 from fbnas.export import sidecar
 from fbnas.files import read_json, write_json
 from fbnas.latency import calibration
-from fbnas.latency.devices import QUIET_NOISE_FLOOR
+from fbnas.latency.devices import allowed_ratio
 from fbnas.latency.profiling import AnyDevice, enliven_, profile, require_same_device
 from fbnas.latency.table import LatencyTable
 from fbnas.report import write_report
@@ -233,7 +233,7 @@ def chosen_architecture(
         candidates = _candidates(chain, learned, limit_ms)
         rows, noise_floor = _measure_candidates(chain, candidates)
         tried += rows
-        allowed = 1 + min(noise_floor, QUIET_NOISE_FLOOR)
+        allowed = allowed_ratio(noise_floor)
         fitting = [
             candidate
             for candidate, row in zip(candidates, rows, strict=True)

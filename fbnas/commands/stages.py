@@ -28,7 +28,7 @@ from fbnas.compression.packing import PACKED_FILE
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
 from fbnas.files import read_json, write_json
-from fbnas.latency.devices import QUIET_NOISE_FLOOR
+from fbnas.latency.devices import allowed_ratio
 from fbnas.latency.profiling import AnyDevice
 from fbnas.latency.timing import Timing
 from fbnas.space import Count, count, load_network
@@ -162,7 +162,7 @@ class Judge:
         if drop > allowed:
             stage.accepted = False
             stage.reason = f"rejected: validation accuracy falls by {drop:.4f}, allowed {allowed:g}"
-        elif ratio > 1 + min(noise_floor, QUIET_NOISE_FLOOR):
+        elif ratio > allowed_ratio(noise_floor):
             stage.accepted = False
             stage.reason = f"rejected: slower, {speed} ({noise})"
         else:
@@ -180,11 +180,30 @@ class Judge:
 
 
 def final_measurement(stages: Sequence[Stage], device: AnyDevice, *, seed: int) -> float:
-    """Time all stages against each other once more, for the table; return the noise floor."""
+    """Time all stages against each other once more, for the table; return the noise floor.
+
+    An accepted stage that this measurement finds slower than one accepted before it is rejected
+    after all: its decision was made on another measurement, and stages that each were as fast as
+    the one before within the noise may not be so together.
+    """
     files = [stage.path for stage in stages]
     measurement = device.measure_quietly(files, "Timing all stages", seed=seed + 1)
     for stage, timing in zip(stages, measurement.whole, strict=True):
         stage.timing = timing
+    kept: list[tuple[float, Stage]] = []
+    for stage, timing in zip(stages, measurement.whole, strict=True):
+        if not stage.accepted:
+            continue
+        ms, fastest = min(kept, key=lambda one: one[0], default=(timing.latency_ms, stage))
+        if timing.latency_ms > ms * allowed_ratio(measurement.noise_floor):
+            stage.accepted = False
+            stage.reason = (
+                f"rejected: slower when all stages were timed together, "
+                f"{ms / timing.latency_ms:.2f} times as fast as {fastest.name} "
+                f"(noise {100 * measurement.noise_floor:.1f} %){stage.note}"
+            )
+        else:
+            kept.append((timing.latency_ms, stage))
     return measurement.noise_floor
 
 

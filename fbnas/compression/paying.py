@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fbnas.latency.devices import QUIET_NOISE_FLOOR, Measurement
+from fbnas.latency.devices import Measurement, allowed_ratio
 
 AT_ONCE = 16  # files measured against each other, beside the two that all are compared with
 MARGINS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)  # of the int8 latency, asked of every change
@@ -58,7 +58,7 @@ class Latencies:
         """int8, mixed or fp32: the first that no other beats by more than the noise."""
         found = {"int8": self.int8_ms, "mixed": self.mixed_ms, "fp32": self.fp32_ms}
         known = {name: ms for name, ms in found.items() if ms is not None}
-        limit = min(known.values()) * (1 + min(self.noise_floor, QUIET_NOISE_FLOOR))
+        limit = min(known.values()) * allowed_ratio(self.noise_floor)
         return next(name for name, ms in known.items() if ms <= limit)
 
 

@@ -36,6 +36,14 @@ CALIBRATION_BATCHES = 2  # ranges only have to be alive: they do not change the 
 KINDS = ("local", "ssh", "roofline")
 
 
+def allowed_ratio(noise_floor: float) -> float:
+    """Return how many times as slow as another a file may measure and still count as no slower.
+
+    A busy machine's noise floor excuses no more than `QUIET_NOISE_FLOOR`.
+    """
+    return 1 + min(noise_floor, QUIET_NOISE_FLOOR)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Timings in the order of the files, and what they were made from.

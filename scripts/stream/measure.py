@@ -46,7 +46,7 @@ def network_file(work: Path, data: Data, space: SearchSpace, epochs: int) -> Pat
         torch.manual_seed(0)
         network = build_network(space, architecture, classes=data.classes)
         settings = TrainingSettings(epochs=epochs, augment={"crop_padding": 4, "flip": True})
-        found = train(network, data, settings=settings, out=work / "train")
+        found = train(network, data, settings=settings, out=work / "train", resume=True)
         print(f"validation accuracy {found.validation_accuracy:.4f}", flush=True)
         export_onnx(network, path, card=card_for(space, architecture, data))
     return path

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import forked
 import numpy as np
@@ -24,7 +24,7 @@ from tiny_run import SMALL, write_space, write_table
 from fbnas import __version__
 from fbnas.commands import main
 from fbnas.commands.composition import compose_single
-from fbnas.commands.stages import Judge, Stage
+from fbnas.commands.stages import Judge, Stage, final_measurement
 from fbnas.export import read_metadata
 from fbnas.latency.devices import Device, Measurement
 from fbnas.latency.runtimes import runtime as runtime_file
@@ -430,6 +430,29 @@ def test_a_stage_is_kept_if_it_is_no_slower_and_accurate_enough(
     judge.decide(after, best=before, trained=before)
     assert after.accepted is not words.startswith("rejected")
     assert words in after.reason
+
+
+@pytest.mark.parametrize(
+    ("ms", "accepted"),
+    [
+        ({"fp32": 4.0, "pruned": 3.0, "int8": 2.9}, ["fp32", "pruned", "int8"]),
+        ({"fp32": 4.0, "pruned": 3.0, "int8": 3.04}, ["fp32", "pruned", "int8"]),  # noise: 2 %
+        ({"fp32": 4.0, "pruned": 3.0, "int8": 3.2}, ["fp32", "pruned"]),
+        ({"fp32": 4.0, "pruned": 4.07, "int8": 4.13}, ["fp32", "pruned"]),  # creeping up
+        ({"fp32": 4.0, "pruned": 4.5, "int8": 3.0}, ["fp32", "int8"]),
+    ],
+)
+def test_a_stage_that_the_last_measurement_finds_slower_is_rejected_after_all(
+    ms: dict[str, float], accepted: list[str], tmp_path: Path
+) -> None:
+    made = [stage(name, tmp_path, 0.9) for name in ms]
+    final_measurement(made, cast("Any", FakeDevice(ms)), seed=0)
+    assert [one.name for one in made if one.accepted] == accepted
+    assert all(
+        one.reason.startswith("rejected: slower when all stages were timed together")
+        for one in made
+        if not one.accepted
+    )
 
 
 @pytest.fixture
