@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fbnas.errors import InputError
 from fbnas.files import atomic_write
 from fbnas.latency.table_file import Entry, Shape, check_header, parse, read_text, render
+from fbnas.shipped import shipped_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -298,5 +299,6 @@ class LatencyTable:
 
 
 def _option(space: "SearchSpace") -> str:
-    """Write what `space=` takes to profile a space at its resolution."""
-    return f"{space.name} space.resolution={space.resolution}"
+    """Write what `space=` takes to profile a space at its resolution: a file if not shipped."""
+    own = "" if space.name in shipped_names("space") else ".yaml"
+    return f"{space.name}{own} space.resolution={space.resolution}"

@@ -193,7 +193,9 @@ def _search(run: Run) -> Section | None:
         )
         rows.append(f"<tr>{''.join(number(cell) for cell in cells)}</tr>")
     columns = ("Target", "E[LAT]", "Off target", "Entropy (nats)", "Expected skips")
-    ends = table("target-table", "Where the search ended.", columns, rows)
+    done = bool(run.search.targets)  # theta.json is written at the end
+    caption = "Where the search ended." if done else "Where the unfinished search stands."
+    ends = table("target-table", caption, columns, rows)
     plots = (curves.expected_latency(run.search),)
     return Section("search", "The search", ends, plots, tuple(curves.search_curves(run.search)))
 

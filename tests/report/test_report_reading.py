@@ -80,7 +80,9 @@ def test_a_search_that_has_just_begun(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="resume=true"):
         write_report(tmp_path)
     write_yaml(tmp_path / "config.yaml", {"command": "run", "space": made.SPACE})
-    page = ParsedPage(write_report(tmp_path))
+    written = write_report(tmp_path)
+    assert "Where the unfinished search stands." in written.read_text()
+    page = ParsedPage(written)
     assert {"theta", "search", "environment"} <= set(page.sections())
     assert len(page.figures["theta-0"]["frames"]) == made.EPOCHS
 
