@@ -13,8 +13,9 @@ Device: ONNX Runtime, int8, one thread of this machine. Everything is done once 
              slowest network; of every theta the most probable network that uses `--least`
     choose   what it is held against (wants a quiet machine): `--random` networks per budget, those
              of many from the same band of the table that measure most like the searched one; the
-             uniform networks, one block everywhere; each family at the three of WIDTHS that
-             measure below the smallest budget, nearest to the middle one, above the largest
+             uniform networks, one block everywhere, that some budget holds; each family at the
+             three of WIDTHS that measure below the smallest budget, nearest to the middle one,
+             above the largest
     train    all of them alike, in fp32; then an int8 file of each by its own export (ranges from
              training images), judged by itself on all test images
     measure  all these files against each other, interleaved (wants a quiet machine)
@@ -71,6 +72,7 @@ STEPS = ("table", "search", "choose", "train", "measure", "report")
 SHARED = ("search", "train")  # by several processes
 WIDTHS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.4)
 FIXED = ("dataset", "space", "fractions", "random", "least", "images", "epochs", "train_epochs")
+ALLOWED = 1.05  # of the largest budget: a uniform network that takes more is as fast as none
 DRAWN = 6  # random networks that are measured for each that is kept
 AUGMENT = {"flip": True}
 PRESETS = {
@@ -235,7 +237,7 @@ def choose(study: Study) -> None:
 
 
 def known_networks(study: Study) -> list[Contender]:
-    """The uniform networks, and each family at three widths that bracket the budgets."""
+    """Uniform networks that some budget holds, each family at three widths around budgets."""
     layers = len(study.space.layers)
     uniform = [
         Contender(UNIFORM, name, (name,) * layers) for name in study.space.blocks if name != "skip"
@@ -244,9 +246,11 @@ def known_networks(study: Study) -> list[Contender]:
         family: [Contender(FAMILY, f"{family} {width:g}", width=width) for width in WIDTHS]
         for family in FAMILIES
     }
-    latency_ms = measured(study, [one for widths in every.values() for one in widths], seed=0)
+    families = [one for widths in every.values() for one in widths]
+    latency_ms = measured(study, [*uniform, *families], seed=0)
     budgets = [study.budget_ms(fraction) for fraction in sorted(study.fractions)]
-    return uniform + [one for widths in every.values() for one in bracket(
+    within = [one for one in uniform if latency_ms[one.name] <= ALLOWED * budgets[-1]]
+    return within + [one for widths in every.values() for one in bracket(
         widths, [latency_ms[one.name] for one in widths], budgets
     )]  # fmt: skip
 
