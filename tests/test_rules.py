@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fbnas"
-BASE = {"", "errors", "files", "progress", "shipped"}  # the empty name: fbnas.__version__
+BASE = {"", "errors", "files", "modes", "progress", "shipped"}  # the empty name: fbnas.__version__
 BELOW = {  # what each part may import, beside itself
     **dict.fromkeys(BASE, BASE),
     "space": BASE,

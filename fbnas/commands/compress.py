@@ -1,7 +1,7 @@
 """fbnas compress: methods that make a network smaller or quicker, one after the other."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.int8 import quantized
+from fbnas.commands.int8 import quantized, reads_onnx
 from fbnas.commands.parts import (
     data_of,
     data_of_file,
@@ -32,10 +32,13 @@ from fbnas.compression import (
     FORM_FILE,
     METHODS,
     CompressionReport,
+    Facts,
     Method,
     Rounded,
     StaticQuantization,
+    Tools,
     compress_,
+    facts,
     load_any,
     write_packed,
 )
@@ -47,7 +50,7 @@ from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.latency.profiling import AnyDevice
 from fbnas.progress import progress
 from fbnas.report.sparsity_scan import draw_scan
-from fbnas.space import NetworkCard, count, save_network
+from fbnas.space import NetworkCard, save_network
 from fbnas.training.data import Data
 from fbnas.training.heads import judge_network, task_of
 from fbnas.training.loop import train
@@ -75,7 +78,11 @@ def main(config: dict[str, Any]) -> int:
         network, card, data, config, out.folder, methods=methods, resume=out.resume, measure=measure
     )
     accuracy = judge_network(network, data, data.test)
-    print_steps(report)
+    steps = [
+        {"method": x.method.NAME, "before": asdict(x.before), "after": asdict(x.after)}
+        for x in report.steps
+    ]
+    print_steps(steps)
     print(f"test accuracy {before} -> {accuracy}")
     packed = packed_file(config, out.folder, network, report)
     rounded, quantized = _rounded(report), dict[str, Any]()
@@ -87,7 +94,9 @@ def main(config: dict[str, Any]) -> int:
             "validation_accuracy_qat": rounded.qat_accuracy,
         }
     if INT8 in names or rounded is not None:
-        quantized |= _int8_file(config, out.folder, network, card, data)
+        quantized |= _int8_file(config, out.folder, network, card, data, known=report.after)
+        steps.append(quantized.pop("step"))
+        print_steps(steps[-1:])
     first, last = report.before, report.after
     fields: dict[str, Any] = {
         "method": names[0] if len(names) == 1 else names,
@@ -101,10 +110,7 @@ def main(config: dict[str, Any]) -> int:
         "accuracy_by_head_before": before.heads or None,
         "validation_accuracy": last.accuracy,
         "validation_accuracy_before": first.accuracy,
-        "steps": [
-            {"method": x.method.NAME, "before": asdict(x.before), "after": asdict(x.after)}
-            for x in report.steps
-        ],
+        "steps": steps,
         "architecture": list(card.architecture.blocks),
     }
     out.finish(**{**fields, **packed, **quantized})
@@ -202,11 +208,11 @@ def compress_and_save(
         coder=coder_of(config),
         task=task,
     )
-    save_network(folder, network, card)
-    (folder / FORM_FILE).unlink(missing_ok=True)
     rounded = _rounded(report)
+    (folder / FORM_FILE).unlink(missing_ok=True)
     if rounded is not None:
         rounded.form.save(folder / FORM_FILE)
+    save_network(folder, network, card)  # the last: network.yaml says that all of it is there
     for line in draw_scan(folder):
         print(line)
     return report
@@ -271,8 +277,8 @@ def measuring(config: dict[str, Any], card: NetworkCard, folder: Path) -> Device
     return DeviceMeasure(device_of(config), card.input_shape, folder, config["seed"])
 
 
-def print_steps(report: CompressionReport) -> None:
-    """Print a row for the network as it was, and one per method."""
+def print_steps(steps: Sequence[Mapping[str, Any]]) -> None:
+    """Print a row for what was there before, and one per step, as they are in result.json."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -281,25 +287,36 @@ def print_steps(report: CompressionReport) -> None:
     table.add_column("after")
     for name in ("val. acc.", "params", "not zero", "M macs", "kB", "kB packed", "ms"):
         table.add_column(name, justify="right", no_wrap=True)
-    rows = [("-", report.before), *((step.method.NAME, step.after) for step in report.steps)]
+    first = "fp32 file" if steps[0]["method"] == INT8 else "-"
+    rows = [(first, steps[0]["before"]), *((step["method"], step["after"]) for step in steps)]
     for name, found in rows:
         table.add_row(
             name,
-            "" if found.accuracy is None else f"{found.accuracy:.4f}",
-            f"{found.params:,}",
-            f"{found.nonzero:,}",
-            f"{found.macs / 1e6:.2f}",
-            f"{found.dense_bytes / 1e3:.0f}",
-            f"{found.stored_bytes / 1e3:.0f}",
-            "" if found.latency_ms is None else f"{found.latency_ms:.4g}",
+            _written(found["accuracy"], "{:.4f}"),
+            _written(found["params"], "{:,}"),
+            _written(found["nonzero"], "{:,}"),
+            _written(found["macs"], "{:.2f}", 1e-6),
+            _written(found["dense_bytes"], "{:.0f}", 1e-3),
+            _written(found["stored_bytes"], "{:.0f}", 1e-3),
+            _written(found["latency_ms"], "{:.4g}"),
         )
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
+def _written(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else form.format(value * scale if scale != 1 else value)
+
+
 def _int8_file(
-    config: dict[str, Any], folder: Path, network: nn.Module, card: NetworkCard, data: Data
+    config: dict[str, Any],
+    folder: Path,
+    network: nn.Module,
+    card: NetworkCard,
+    data: Data,
+    *,
+    known: Facts,
 ) -> dict[str, Any]:
-    """Write the network's int8 file; return what result.json says of it."""
+    """Write the network's int8 file; return what result.json says of it, and its step."""
     source, target = folder / "fp32.onnx", folder / "model.onnx"
     export_onnx(network, source, card=card)
     fields = _int8(
@@ -309,6 +326,7 @@ def _int8_file(
         data,
         trained=trained_form(folder, network, card),
     )
+    fields["step"] = _int8_step(config, source, target, data, made=fields, known=known)
     print(f"test accuracy of the int8 file {fields.pop('accuracy')}")
     return fields
 
@@ -366,6 +384,53 @@ def _int8(
     }
 
 
+def _int8_step(
+    config: dict[str, Any],
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    made: Mapping[str, Any],
+    known: Facts | None = None,
+) -> dict[str, Any]:
+    """Return the step `int8` of result.json: the fp32 file before it, the int8 file after it.
+
+    Accuracies, bytes and latencies are those of the files; the counts are those of the network.
+
+    Args:
+        made: as `_int8` returns it.
+        known: of the network; None: counts stay None.
+    """
+    before_ms, after_ms = _file_latencies(config, source, target, made)
+    counts = {name: known and getattr(known, name) for name in ("params", "macs", "nonzero")}
+
+    def of(file: Path, latency_ms: float | None) -> dict[str, Any]:
+        size, accuracy = file.stat().st_size, judge_file(file, data, data.validation).all
+        weighed = {"dense_bytes": size, "stored_bytes": size}
+        return {**counts, **weighed, "accuracy": accuracy, "latency_ms": latency_ms}
+
+    return {"method": INT8, "before": of(source, before_ms), "after": of(target, after_ms)}
+
+
+def _file_latencies(
+    config: dict[str, Any], source: Path, target: Path, made: Mapping[str, Any]
+) -> tuple[float | None, float | None]:
+    """Latencies in ms of the fp32 and the int8 file against each other, None where none is asked.
+
+    What was measured to decide which layers stay in float is not measured again.
+    """
+    measured = made.get("int8", {}).get("measured")
+    if measured:
+        return measured["fp32_ms"], measured[f"{made['int8']['fastest']}_ms"]
+    device = device_of(config) if config["measure"] else None
+    if device is None or not reads_onnx(device):
+        return None, None
+    before, after = device.measure_quietly(
+        [source, target], "Timing the fp32 and the int8 file", seed=config["seed"]
+    ).whole
+    return before.latency_ms, after.latency_ms
+
+
 def form_of(folder: Path, device: AnyDevice) -> QuantizedForm | None:
     """Return how a network was trained for int8; None where it was not, or no ONNX file is meant.
 
@@ -394,16 +459,21 @@ def _quantize(config: dict[str, Any]) -> int:
     before = judge_file(source, data, data.test)
     trained = None if card is None else trained_form(folder, network, card)
     fields = _int8(config, source, out.folder / "model.onnx", data, trained=trained)
+    known = None
+    if card is not None:
+        known = facts(network, Tools(card.input_shape, coder=coder_of(config)))
+    step = _int8_step(config, source, out.folder / "model.onnx", data, made=fields, known=known)
+    print_steps([step])
     print(f"test accuracy {before} -> {fields.pop('accuracy')}")
-    counted = count(network, card.input_shape) if card is not None else None
     out.finish(
         method="int8",
         model_bytes_before=source.stat().st_size,
         accuracy_top1_before=before.all,
         accuracy_by_head_before=before.heads or None,
         calibration_images=min(quantization_of(config).calibration_images, len(data.train)),
-        params=counted and counted.params,
-        macs=counted and counted.macs,
+        params=known and known.params,
+        macs=known and known.macs,
+        steps=[step],
         **fields,
     )
     return 0

@@ -8,8 +8,7 @@ from fbnas.commands.parts import check_target_ms, data_of_file, device_of, with_
 from fbnas.export import check_suffix, judge_file, read_metadata
 from fbnas.latency.devices import ROUNDS
 from fbnas.latency.model_files import size_bytes
-
-LEAST_TOLERANCE = 0.05  # a target is missed by more than this, or twice the noise floor
+from fbnas.report.summary import tolerance
 
 
 def main(config: dict[str, Any]) -> int:
@@ -57,5 +56,5 @@ def main(config: dict[str, Any]) -> int:
 
 
 def is_missed(latency_ms: float, target_ms: float, noise_floor: float) -> bool:
-    """Whether a latency is above target by more than 5 % or twice the noise floor."""
-    return latency_ms > target_ms * (1 + max(LEAST_TOLERANCE, 2 * noise_floor))
+    """Whether a latency is above target by more than the tolerance of exit code 3."""
+    return latency_ms > target_ms * (1 + tolerance(noise_floor))

@@ -13,7 +13,12 @@ from fbnas.files import is_part, read_yaml, remove_parts, write_json, write_yaml
 
 MAY_DIFFER = ("out", "overwrite", "resume", "command_line")  # between a run and its resumption
 BUDGETS = ("target_ms", "target_mj", "target_mb", "max_params", "target_fraction")
-INPUTS = ("table", "model", "backbone", "architecture", "supernet", "run")
+INPUTS = (  # options whose files a command reads
+    *("table", "model", "backbone", "architecture", "supernet", "run", "data.path"),
+    *("measurements", "among", "prior", "baselines", "cross_device"),
+    *("teacher", "compression.fine_tuning.teacher"),
+    *("compression.lottery_ticket.rewind_to", "compression.latency_pruning.table"),
+)
 WRITTEN = {"profile": "table", "calibrate": "table"}  # those that a command writes
 
 
@@ -97,6 +102,20 @@ def check_out(config: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_table_inside(config: Mapping[str, Any]) -> None:
+    """Refuse an out folder around the table that the command writes before it opens the folder.
+
+    Raises:
+        InputError: it lies there.
+    """
+    table, out = config.get(WRITTEN[config["command"]]), config.get("out")
+    if table and out and Path(out).resolve() in Path(table).resolve().parents:
+        raise InputError(
+            f"table={table} lies in out={out}, which is for what is said of the table and opened "
+            "when that is done; expected two places, or no out."
+        )
+
+
 def holds_nothing(path: Path) -> bool:
     """Whether no folder is there, or one with nothing but what a kill left half-written."""
     return not path.is_dir() or all(is_part(entry) for entry in path.iterdir())
@@ -143,13 +162,22 @@ def _differences(
 
 def _check_inputs(config: Mapping[str, Any], path: Path) -> None:
     """Refuse to delete what the command is about to read."""
-    data = config.get("data") or {}
-    given = [config.get(key) for key in INPUTS] + [data.get("path")]
+    given = [_option(config, key) for key in INPUTS]
     heads = (config.get("heads") or {}).values()  # folders, or the data of each
     given += [head.get("path") if isinstance(head, Mapping) else head for head in heads]
     for name in (x for value in given for x in (value if isinstance(value, list) else [value])):
-        if name and path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+        if not isinstance(name, str) or not Path(name).exists():
+            continue  # none, or a word such as supernet
+        if path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
             raise InputError(
                 f"overwrite=true would delete {name}, which lies in out={path}; give another "
                 "out folder."
             )
+
+
+def _option(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value of `group.key`; None where there is no such option."""
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found

@@ -56,11 +56,7 @@ def quantized(
         if before.pop("source") == digest(source):
             return dict(before)
     record.unlink(missing_ok=True)
-    can_measure = (
-        measured_on is not None
-        and measured_on.kind != "roofline"  # planned: there is nothing to measure
-        and measured_on.suffix == ".onnx"
-    )
+    can_measure = measured_on is not None and reads_onnx(measured_on)
     report = quantize_file(
         source,
         target,
@@ -80,6 +76,11 @@ def quantized(
     found = as_fields(report)
     write_json(record, {"source": digest(source), **found})
     return found
+
+
+def reads_onnx(device: AnyDevice) -> bool:
+    """Whether ONNX files can be timed there: not by other runtimes, nor on a planned device."""
+    return device.kind != "roofline" and device.suffix == ".onnx"
 
 
 def told(report: QuantizationReport) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fbnas.commands.folder import OutFolder
+from fbnas.commands.folder import OutFolder, refuse_table_inside
 from fbnas.commands.parts import device_of, space_of
 from fbnas.commands.targets import range_text
 from fbnas.latency.profiling import (
@@ -22,6 +22,7 @@ from fbnas.space import SearchSpace
 
 
 def main(config: dict[str, Any]) -> int:
+    refuse_table_inside(config)
     space, device = space_of(config), device_of(config)
     rounds = config["rounds"] or ROUNDS
     if config["plan"]:

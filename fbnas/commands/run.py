@@ -176,7 +176,9 @@ def measured_table(chain: Chain) -> tuple[LatencyTable, dict[str, Any] | None]:
     print(calibrate_command.describe(found))
     if found.helps:
         table = calibration.apply(table, found, chain.space, classes=chain.data.classes)
-        table.save(path)
+    else:
+        table = calibration.judged(table, found, chain.space)
+    table.save(path)
     write_json(record, found.as_dict())
     return table, found.as_dict()
 

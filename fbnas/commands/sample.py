@@ -27,7 +27,6 @@ from fbnas.files import write_yaml
 from fbnas.search import (
     Learned,
     Limit,
-    check_budget,
     check_limits,
     most_probable_within,
     read_result,
@@ -48,9 +47,7 @@ def main(config: dict[str, Any]) -> int:
     target = learned[config["target"]]
     space = target.distribution.space
     check_budgets(config)
-    latency, *_ = limits = with_budgets(target.limits, config)
-    if latency.bounded:
-        check_budget(latency.budget, latency.cost, latency.base)
+    limits = with_budgets(target.limits, config)
     check_limits(limits)
     data = _data(config, space, classes)
     if config["halving"] and not config["out"]:

@@ -11,7 +11,7 @@ from fbnas.commands.parts import check_fraction
 from fbnas.errors import InputError, check_known, unknown
 from fbnas.latency.table import LatencyTable
 from fbnas.latency.trust import doubts
-from fbnas.search import LatencySource, Target, check_budget, check_limits, latency_range
+from fbnas.search import LatencySource, Target, check_limits, latency_range
 from fbnas.space import SearchSpace
 
 log = logging.getLogger(__name__)
@@ -201,8 +201,6 @@ def target_of(
         check_fraction(fraction)
         fastest, slowest = latency_range(latency_ms, base_ms)
         given["target_ms"] = fastest + fraction * (slowest - fastest)
-    if "target_ms" in given:
-        check_budget(given["target_ms"], latency_ms, base_ms)
     ms, mj, mb, params = (given.get(option) for option in BUDGETS)
     target = Target(
         table,

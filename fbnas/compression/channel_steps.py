@@ -240,16 +240,17 @@ class LayerCosts:
 
 
 def useful(curve: Mapping[int, float], noise_ms: float = 0.0) -> tuple[int, ...]:
-    """Return the widths that are faster than every wider one by more than noise, widest first.
+    """Return the widths that are faster than those kept before by more than noise, widest first.
 
-    On a staircase these are the tops of the steps: of widths that cost the same, the widest.
+    Gains that are each smaller than the noise add up until they are more. On a staircase these are
+    the tops of the steps: of widths that cost the same, the widest.
 
     Args:
         curve: milliseconds by width.
     """
     kept: list[int] = []
     for width in sorted(curve, reverse=True):
-        if not kept or curve[width] < min(curve[w] for w in curve if w > width) - noise_ms:
+        if not kept or curve[width] < min(curve[w] for w in kept) - noise_ms:
             kept.append(width)
     return tuple(kept)
 

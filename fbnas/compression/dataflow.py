@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fbnas.modes import modes_kept
+
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
 
@@ -40,15 +42,12 @@ def layer_calls(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Cal
     recorder = _Recorder()
     names = {module: name for name, module in model.named_modules()}
     hooks = [hook for module in names for hook in recorder.watch(module)]
-    modes = {module: module.training for module in names}
     device = next(model.parameters()).device
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), modes_kept(model), recorder:
             outputs = model.eval()(torch.zeros(2, *input_shape, device=device))
             recorder.uses(outputs)
     finally:
-        for module, training in modes.items():
-            module.training = training
         for hook in hooks:
             hook.remove()
     return [_call(recorder, names, *call) for call in recorder.calls if _is_layer(call[0])]

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from fbnas.compression.dataflow import Call, layer_calls
 from fbnas.compression.folding import fold_bn_
 from fbnas.compression.method import Applied, Method
-from fbnas.compression.responses import inputs_of, judged, training_images
+from fbnas.compression.responses import inputs_of, training_images
 from fbnas.errors import InputError
+from fbnas.modes import modes_kept
 from fbnas.space.structure import Rounding
 
 if TYPE_CHECKING:
@@ -228,7 +229,8 @@ class Maps:
 
     @torch.no_grad()
     def _scores(self, model: nn.Module) -> Tensor:
-        with judged(model):
+        with modes_kept(model):
+            model.eval()
             return torch.cat([model(batch) for batch in self.images])
 
 

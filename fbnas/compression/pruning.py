@@ -8,7 +8,6 @@ as one.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.saliency import channel_sums, hessian, is_depthwise, taylor
 from fbnas.errors import InputError, unknown
+from fbnas.modes import modes_kept
 from fbnas.space.blocks import ChannelShuffle
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def prune_(
     Raises:
         InputError: taylor and hessian, and there are no images.
     """
-    with _modes_kept(model):
+    with modes_kept(model):
         graph, ranked = rank(model, method, tools)
         sets = plan(ranked, method, full=full)
         remove_(graph, sets)
@@ -149,7 +149,7 @@ def rank(model: nn.Module, method: ChannelPruning, tools: Tools) -> tuple[Any, t
     Raises:
         InputError: taylor and hessian, and there are no images.
     """
-    with _modes_kept(model):
+    with modes_kept(model):
         graph = _dependency_graph(model, tools.input_shape)
         return graph, tuple(_ranked_sets(graph, method, tools))
 
@@ -186,7 +186,7 @@ def plan(
 def without(model: nn.Module, sets: Sequence[ChannelSet], tools: Tools) -> nn.Module:
     """Return a copy of a network without the planned channels."""
     smaller = deepcopy(model)
-    with _modes_kept(smaller):
+    with modes_kept(smaller):
         remove_(_dependency_graph(smaller, tools.input_shape), sets)
     return smaller
 
@@ -197,16 +197,6 @@ def become_(model: nn.Module, other: nn.Module) -> None:
         inside = vars(mine)["_modules"]
         vars(mine).update(vars(theirs))
         vars(mine)["_modules"] = inside
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _global_threshold(ranked: Sequence[Ranked], ratio: float, widths: Sequence[int]) -> float:
@@ -246,7 +236,10 @@ def _ranked_sets(graph: Any, method: ChannelPruning, tools: Tools) -> Iterator[R
         units = _units(graph, group)
         if len({len(unit) for unit in units}) != 1:
             continue  # no number of units keeps every group of channels equally wide
-        importance = score(group).detach().cpu()
+        scored = score(group)
+        if scored is None:
+            continue  # bn_scale, where a set has no batch normalisation
+        importance = scored.detach().cpu()
         by_unit = torch.stack([importance[list(unit)].mean() for unit in units])
         if method.importance not in IN_UNITS_OF_LOSS and by_unit.mean() > 0:
             by_unit = by_unit / by_unit.mean()
@@ -383,7 +376,7 @@ class _Permutation:
         return [index._replace(idx=self.places[index.idx]) for index in indices]
 
 
-Score = Callable[[Any], Tensor]  # from a group to a number per channel
+Score = Callable[[Any], Tensor | None]  # from a group to a number per channel; None: it has none
 
 
 def _magnitude(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
@@ -401,6 +394,11 @@ def _l1(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
 def _bn_scale(graph: Any, method: ChannelPruning, tools: Tools) -> Score:
     from torch_pruning.pruner.importance import BNScaleImportance
 
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in graph.model.modules()):
+        raise InputError(
+            "importance is bn_scale, and the network has no batch normalisation (qat and "
+            "fixed_point fold it); expected importance=magnitude, l1, taylor or hessian."
+        )
     return BNScaleImportance()
 
 

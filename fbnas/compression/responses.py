@@ -1,7 +1,6 @@
 """What layers answer to training images, at a few random places of each."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from fbnas.compression.quantization import StaticQuantization, calibration_images
 from fbnas.errors import InputError
+from fbnas.modes import modes_kept
 
 if TYPE_CHECKING:
     from fbnas.compression.method import Tools
@@ -73,10 +73,14 @@ def _collected(
     of_inputs: bool,
 ) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {name: [] for name in modules}
+    met: set[str] = set()  # in this batch
     generators = {name: torch.Generator().manual_seed(seed) for name in modules}
 
     def hook(name: str) -> Any:
         def take(_: nn.Module, inputs: Any, output: Any = None) -> None:
+            if name in met:
+                return  # called again: its first call stands for it
+            met.add(name)
             seen = inputs[0] if of_inputs else output
             rows[name].append(_sampled(seen, places, generators[name]))
             if len(modules) == 1:
@@ -91,8 +95,10 @@ def _collected(
         for name, module in modules.items()
     ]
     try:
-        with judged(model):
+        with modes_kept(model):
+            model.eval()
             for batch in images:
+                met.clear()
                 try:
                     model(batch)
                 except _Reached:
@@ -105,18 +111,6 @@ def _collected(
 
 class _Reached(Exception):  # noqa: N818 - the rest of a network need not be computed
     pass
-
-
-@contextmanager
-def judged(model: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode, and every module back into its own."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _sampled(features: Tensor, places: int, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbnas.compression.method import Tools
+from fbnas.modes import modes_kept
 from fbnas.training.data import Subset, batches
 from fbnas.training.task import CLASSIFICATION, Task
 
@@ -131,18 +132,15 @@ def as_judged(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     Batch normalisation then uses the statistics it is deployed with. With those of a batch the
     loss would not depend on the scale of the weights before it, and their sums would be zero.
     """
-    modes = {module: module.training for module in model.modules()}
     weights = list(model.parameters())
     asked = [weight.requires_grad for weight in weights]
-    model.eval()
     try:
-        with torch.enable_grad():
+        with modes_kept(model), torch.enable_grad():
+            model.eval()
             for weight in weights:
                 weight.requires_grad_(True)
             yield weights
     finally:
-        for module, training in modes.items():
-            module.training = training
         for weight, gradient in zip(weights, asked, strict=True):
             weight.requires_grad_(gradient)
 

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from fbnas.errors import InputError
 from fbnas.files import read_json, write_json
+from fbnas.modes import modes_kept
 from fbnas.space.blocks import ChannelShuffle
 
 LEVELS = 255  # of an activation's grid, less one
@@ -161,16 +162,13 @@ class _Survey:
                 module.register_forward_hook(self._noting(name)),
             )
         ]
-        modes = {module: module.training for module in names}
         tensor = next(model.parameters())
         try:
-            with torch.no_grad():
+            with torch.no_grad(), modes_kept(model):
                 model.eval()(torch.zeros(2, *input_shape, device=tensor.device))
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes.items():
-                module.training = training
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
@@ -249,15 +247,14 @@ def observed_ranges(
                 lambda _, __, output, name=name: note("output", name, output)
             )
         )
-    was_training = model.training
-    model.eval()
     try:
-        for images in batches:
-            model(images)
+        with modes_kept(model):
+            model.eval()
+            for images in batches:
+                model(images)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     found: tuple[dict[str, Range], dict[str, Range]] = ({}, {})
     for (kind, name), ends in seen.items():
         lows, highs = torch.stack(ends).unbind(1)

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 
 from fbnas.search.distribution import ArchitectureDistribution
 from fbnas.search.objectives import DualAscent, Objective
-from fbnas.search.selection import Limit, check_budget, check_limits, latency_range
+from fbnas.search.selection import Limit, check_limits, latency_range
 from fbnas.search.settings import SearchSettings
 from fbnas.search.target import Target
 from fbnas.space.search_space import SearchSpace
@@ -117,8 +117,6 @@ def learner_of(
     """
     limits = target.limits(space, classes)
     latency_ms, base_ms = limits[0].cost, limits[0].base
-    if target.budget_ms is not None:
-        check_budget(target.budget_ms, latency_ms, base_ms)
     check_limits(limits)
     fastest_ms = latency_range(latency_ms, base_ms)[0]
     objective.check(None if target.budget_ms is None else fastest_ms)

@@ -1,5 +1,6 @@
 """Architectures ranked by how well the shared weights do on images they were not trained on."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -209,7 +210,9 @@ class SharedWeightsJudge:
         return mixed.branch(choice)
 
     def _batches(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-        return batches(images, BATCH, mean=self.data.mean, std=self.data.std, device=self.device)
+        parts = math.ceil(len(images) / BATCH)
+        size = math.ceil(len(images) / parts)  # even ones: a last one of few has odd statistics
+        return batches(images, size, mean=self.data.mean, std=self.data.std, device=self.device)
 
 
 def _estimated(part: nn.Module, features: Tensor) -> tuple[Tensor, list[Tensor]]:

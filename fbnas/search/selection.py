@@ -142,6 +142,8 @@ def check_limits(limits: Sequence[Limit]) -> None:
     """
     bounded = [limit for limit in limits if limit.bounded]
     for limit in bounded:
+        if limit.name == "latency" and not (len(bounded) > 1 and limit.budget > limit.range()[1]):
+            check_budget(limit.budget, limit.cost, limit.base)
         lowest, highest = limit.range()
         if not limit.budget > 0:
             problem = "is not positive"

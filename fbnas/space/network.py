@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fbnas.errors import InputError
 from fbnas.files import atomic_write, read_yaml, write_yaml
+from fbnas.modes import modes_kept
 from fbnas.space.architecture import Architecture
 from fbnas.space.blocks import ConvBN, InvertedResidual, WaveletSplit, build_block
 from fbnas.space.search_space import SearchSpace
@@ -164,14 +165,11 @@ def count(network: nn.Module, input_shape: tuple[int, int, int]) -> Count:
 
     counted = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [module.register_forward_hook(add) for module in counted]
-    modes = {module: module.training for module in network.modules()}
     device = next(network.parameters()).device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(network):
             network.eval()(torch.zeros(1, *input_shape, device=device))
     finally:
-        for module, training in modes.items():
-            module.training = training
         for hook in hooks:
             hook.remove()
     return Count(params, macs)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbnas.errors import InputError, check_known
+from fbnas.modes import modes_kept
 from fbnas.training.layout import memory_format
 
 
@@ -206,11 +207,9 @@ def _pairs(
 def _maps(network: nn.Module, image: Tensor) -> dict[str, Shape]:
     """Shapes of the outputs (n, c, h, w) of all modules by name, in the order of their ends."""
     seen: dict[str, Tensor] = {}
-    modes = {module: module.training for module in network.modules()}
-    with torch.no_grad(), _noted(network, [name for name, _ in network.named_modules()], seen):
+    every = [name for name, _ in network.named_modules()]
+    with torch.no_grad(), modes_kept(network), _noted(network, every, seen):
         network.eval()(image)
-    for module, training in modes.items():
-        module.training = training
     return {name: tuple(maps.shape) for name, maps in seen.items() if maps.ndim == 4}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fbnas.modes import modes_kept
 from fbnas.progress import progress
 from fbnas.training.data import batches
 from fbnas.training.images import Images
@@ -22,20 +23,18 @@ def evaluate(
     device: str | torch.device = "cpu",
     task: Task = CLASSIFICATION,
 ) -> tuple[float, float]:
-    """Return the task's mean loss and metric in eval mode; the mode is put back.
+    """Return the task's mean loss and metric in eval mode; every module is put back into its own.
 
     Of classification they are cross-entropy (nats) and accuracy (0 to 1).
     """
-    was_training = network.training
-    network.eval()
     loss = correct = torch.zeros((), dtype=torch.float64, device=device)
-    with progress("Judging", total=len(images)) as advance:
+    with modes_kept(network), progress("Judging", total=len(images)) as advance:
+        network.eval()
         for x, labels in batches(images, batch_size, device=device, mean=mean, std=std):
             scores = network(x).float()
             loss = loss + task.loss(scores, labels).double() * len(labels)
             correct = correct + task.metric(scores, labels).sum()
             advance(len(labels))
-    network.train(was_training)
     return float(loss) / len(images), float(correct) / len(images)
 
 
@@ -51,16 +50,17 @@ def recalibrate_bn(
     path for one; BN layers it does not visit are left reset. Those that a network keeps in eval
     mode even in training are frozen, and stay. `batches`: (images, labels) as `batches()` yields.
     """
-    was_training = module.training
-    module.train()
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    layers = [norm for norm in norms if norm.training]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch's word for a cumulative mean
-    for images, _ in batches:
-        forward(images)
-    module.train(was_training)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    with modes_kept(module):
+        module.train()
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        layers = [norm for norm in norms if norm.training]
+        momenta = [layer.momentum for layer in layers]
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # torch's word for a cumulative mean
+        try:
+            for images, _ in batches:
+                forward(images)
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum

@@ -10,7 +10,9 @@ import yaml
 from tiny_run import write_space, write_table
 
 from fbnas.commands import main
-from fbnas.commands.composition import compose
+from fbnas.commands.composition import compose, compose_single
+from fbnas.commands.folder import check_out
+from fbnas.errors import InputError
 from fbnas.space import Architecture, NetworkCard, SearchSpace, build_network, save_network
 
 RUN = ["run", "space=tiny.yaml", "table=table.csv", "out=out"]
@@ -355,6 +357,42 @@ def test_overwriting_never_deletes_what_is_read(refused: Callable[..., str]) -> 
     search = [x if not x.startswith("table=") else "table=out/table.csv" for x in SEARCH]
     assert "would delete out/table.csv" in refused(*search, "overwrite=true")
     assert Path("out/table.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "others"),
+    [
+        ("calibrate", "measurements=out/filled.csv", ["space=tiny.yaml", "table=t.csv"]),
+        ("calibrate", "among=out/filled.csv", ["space=tiny.yaml", "table=t.csv", "suggest=3"]),
+        ("train", "teacher=out/net", ["architecture=a.yaml"]),
+        ("train", "teacher=[supernet,out/net]", ["architecture=a.yaml"]),
+        ("compress", "compression.fine_tuning.teacher=out/net", ["model=n", "method=low_rank"]),
+        ("compress", "compression.lottery_ticket.rewind_to=out/net", ["model=n", "method=int8"]),
+        (
+            "compress",
+            "compression.latency_pruning.table=out/filled.csv",
+            ["model=n", "method=int8"],
+        ),
+    ],
+)
+def test_overwriting_deletes_nothing_that_any_option_names(
+    command: str, option: str, others: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out/net").mkdir(parents=True)
+    Path("out/filled.csv").touch()
+    Path("out/config.yaml").write_text(yaml.safe_dump(compose("search", SEARCH[1:])))
+    config = compose_single(command, [*others, option, "out=out", "overwrite=true"])
+    with pytest.raises(InputError, match="would delete out/"):
+        check_out(config)
+
+
+def test_a_table_inside_out_is_refused_before_anything_is_measured(
+    refused: Callable[..., str],
+) -> None:
+    line = refused("profile", "space=tiny.yaml", "table=new/table.csv", "out=new")
+    assert "table=new/table.csv lies in out=new" in line
+    assert not Path("new").exists()
 
 
 def test_a_folder_of_another_program_is_not_emptied(refused: Callable[..., str]) -> None:

@@ -45,6 +45,10 @@ def test_layers_are_measured_once(
     assert page.count('<rect class="bar"') == len(rows)
     assert "fp32 3 ms, int8 2 ms (noise 1.0 %): int8" in page
 
+    (step,) = json.loads((whole / "result.json").read_text())["steps"]
+    assert (step["before"]["latency_ms"], step["after"]["latency_ms"]) == (3.0, 2.0)
+    assert step["after"]["dense_bytes"] == (whole / "model.onnx").stat().st_size
+
     judge = compress.judge_file
 
     def interrupted(path: Path, *arguments: Any, **options: Any) -> float:

@@ -210,3 +210,19 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> 
 def test_data_is_needed(trained: Trained) -> None:
     with pytest.raises(InputError, match="got no data; expected data="):
         compress_(copy.deepcopy(trained.network), FixedPoint())
+
+
+def test_a_layer_that_is_called_twice_has_one_format(trained: Trained) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.last = nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.again(self.again(self.first(x)).relu())
+            return self.last(y.relu().mean((2, 3)))
+
+    shape = tuple(trained.data.train.batch(torch.arange(1)).shape[1:])
+    report = compress_(Twice(), FixedPoint(bits=6), data=trained.data, input_shape=shape)
+    assert sorted(change.layer for change in report.changes) == ["again", "first", "last"]

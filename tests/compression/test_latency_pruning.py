@@ -121,6 +121,8 @@ def test_only_the_tops_of_the_steps_are_useful() -> None:
     assert useful({64: 4.0, 60: 3.9, 56: 3.5, 48: 3.0}, noise_ms=0.2) == (64, 56, 48)
     assert useful({64: 4.0, 56: 4.5, 48: 4.0, 40: 3.9}) == (64, 40)  # some widths are slower
     assert useful({8: 1.0}) == (8,)
+    slope = {64: 1.0, 56: 0.95, 48: 0.9, 40: 0.85, 32: 0.8, 24: 0.75}
+    assert useful(slope, noise_ms=0.12) == (64, 40)  # small gains add up
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

@@ -270,3 +270,17 @@ def test_the_type_of_the_method_chooses_and_unknown_ones_are_refused() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         ChannelPruning(**settings)
+
+
+def test_bn_scale_leaves_what_has_none_and_refuses_a_network_without_any() -> None:
+    def conv(ends: tuple[int, int], *after: nn.Module) -> list[nn.Module]:
+        return [nn.Conv2d(*ends, 3, padding=1), *after, nn.ReLU()]
+
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)]
+    mixed = nn.Sequential(*conv((3, 16), nn.BatchNorm2d(16)), *conv((16, 16)), *tail)
+    method = ChannelPruning(ratio=0.5, importance="bn_scale")
+    compress_(mixed, method, input_shape=(3, 8, 8))
+    assert [m.out_channels for m in mixed if isinstance(m, nn.Conv2d)] == [8, 16]
+    plain = nn.Sequential(*conv((3, 16)), *conv((16, 16)), *tail)
+    with pytest.raises(InputError, match="no batch normalisation .* expected importance=magn"):
+        compress_(plain, method, input_shape=(3, 8, 8))

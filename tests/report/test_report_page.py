@@ -77,6 +77,7 @@ def test_sentence_says_asked_predicted_and_measured(page: ParsedPage) -> None:
         (0.26, 0.0, "Budget met within 5.0\u202f%: 4.0\u202f% above"),
         (0.27, 0.015, "Budget missed: 8.0\u202f% above"),
         (0.27, 0.05, "Budget met within 10.0\u202f%: 8.0\u202f% above"),  # twice the noise floor
+        (0.30, 0.30, "Budget missed: 20.0\u202f% above"),  # but no busy machine meets all budgets
     ],
 )
 def test_verdict_follows_the_exit_code(

@@ -17,6 +17,7 @@ from fbnas.search import (
     Supernet,
     Target,
     build_objective,
+    check_limits,
     loop,
     most_probable_within,
     read_result,
@@ -176,6 +177,16 @@ def test_selection_keeps_all_budgets_and_states_what_is_known() -> None:
         network = build_network(SPACE, architecture, 10)
         assert best.provenance["params"] == count(network, (1, 8, 8)).params
     assert found[0].provenance["source"] == "most probable within 6 ms and 9 mJ and 0.5 MB"
+
+
+def test_of_two_budgets_one_may_be_loose() -> None:
+    loose, binding = {"budget_ms": 99.0}, {"budget_mj": 9.0}
+    check_limits(target(**loose, **binding).limits(SPACE, 10))
+    check_limits(target(budget_ms=6.0, budget_mj=99.0).limits(SPACE, 10))
+    with pytest.raises(InputError, match="nothing to trade"):
+        check_limits(target(**loose).limits(SPACE, 10))
+    with pytest.raises(InputError, match="under the fastest network"):
+        check_limits(target(budget_ms=0.1, **binding).limits(SPACE, 10))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Ranking by shared weights: exact, whatever the order, and on the images that it may see."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def by_definition(
     weights_images, theta_images = split_for_search(data.train, fraction=0.8, seed=0)
     shown = ranking._some(weights_images, calibration, 0)
     network = supernet.network(architecture)
-    size = ranking.BATCH
+    size = math.ceil(len(shown) / math.ceil(len(shown) / ranking.BATCH))  # even batches
     recalibrate_bn(network, network, batches(shown, size, mean=data.mean, std=data.std))
     return evaluate(network, ranking._some(theta_images, held_out, 0), mean=data.mean, std=data.std)
 
@@ -165,6 +166,15 @@ def test_what_two_begin_with_is_computed_once(lively: Supernet, data: Data) -> N
     assert runs["stem"] == 2  # for the statistics, and for the judgement
     assert sum(runs[f"0{name}"] for name in SPACE.layers[0].blocks) == 2 * first
     assert runs["head"] == 2 * len(ALL)
+
+
+def test_no_batch_of_calibration_images_is_of_a_few(lively: Supernet, data: Data) -> None:
+    judge = SharedWeightsJudge(lively, data)
+    for images in (1, 255, 256, 257, 511, 513):
+        sizes = [len(x) for x, _ in judge._batches(ranking._some(data.train, images, 0))]
+        assert sum(sizes) == images
+        assert max(sizes) <= ranking.BATCH
+        assert min(sizes) >= max(sizes) - len(sizes)
 
 
 def test_who_was_judged_before_is_not_judged_again(
