@@ -199,7 +199,7 @@ def compress_and_save(
         network,
         methods,
         input_shape=card.input_shape,
-        train=lambda model: tune(model, fine),
+        train=lambda model, lr=fine.lr: tune(model, replace(fine, lr=lr)),
         train_anew=lambda model, epochs=anew.epochs: tune(model, replace(anew, epochs=epochs)),
         data=data,
         measure=measure,

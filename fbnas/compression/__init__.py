@@ -206,7 +206,8 @@ def compress_(
 
     Args:
         input_shape: (c, h, w) of one image; a network of `build_network` knows its own.
-        train: fine-tunes a network in place; methods call it as often as they need.
+        train: fine-tunes a network in place; methods call it as often as they need. `QAT(lr=...)`
+            calls it with `lr=`.
         train_anew: trains one from its first weights on, `epochs=` long if asked; None: `train`.
         data: as of `load_data`: training images calibrate, validation images judge.
         measure: latencies in milliseconds of networks on the device, timed against each other; one

@@ -10,7 +10,7 @@ from fbnas.compression import METHODS
 
 RATIOS = (0.2, 0.4)  # of the channels, at which pruning and int8 are tried in both orders
 INT8_PLAIN = ("compression.quantization.pays=false",)
-QAT_RATE = ("compression.fine_tuning.lr=0.01",)  # that of compression=qat: folded layers bear less
+QAT_RATE = ("compression.fine_tuning.lr=0.01", "compression.qat.lr=null")  # folded layers bear less
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,17 @@ def test_zeros_of_pruning_are_zeros_of_the_file(trained: Trained) -> None:
         assert not layer.weight[mask].any()
 
 
+def test_training_is_told_the_rate_that_folded_layers_bear(trained: Trained) -> None:
+    told: list[float | None] = []
+
+    def tune(_: nn.Module, lr: float | None = None) -> None:
+        told.append(lr)
+
+    for lr in (None, 0.003):
+        QAT(lr=lr).apply_(copy.deepcopy(trained.network), tools(trained.data, tune))
+    assert told == [None, 0.003]
+
+
 class Shared(nn.Module):
     """Uses what a convolution returns twice: in a normalisation and beside it."""
 
@@ -398,6 +409,7 @@ def test_it_is_a_method_of_compress_(trained: Trained) -> None:
         ({"weight_bits": 1}, "weight_bits is 1; expected a whole number from 2 to 8"),
         ({"weight_bits": 16}, "weight_bits is 16"),
         ({"momentum": 1.0}, "momentum is 1.0; expected 0 "),
+        ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
         ({"ranges": "percentil"}, "Did you mean 'percentile'"),
         ({"percentile": 20.0}, "percentile is 20; expected above 50"),
         ({"calibration_images": 0}, "calibration_images is 0; expected at least 1"),
