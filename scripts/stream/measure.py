@@ -15,6 +15,7 @@ milliseconds per frame, interleaved over thresholds in rounds. WORK keeps the ne
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -27,8 +28,12 @@ from PIL import Image
 from fbnas.commands.parts import card_for
 from fbnas.export import export_onnx
 from fbnas.export.stream import Stream, choose_threshold
+from fbnas.latency import Device
 from fbnas.space import Architecture, SearchSpace, build_network
 from fbnas.training import Data, TrainingSettings, load_data, train
+
+sys.path.append(str(Path(__file__).parents[1]))
+from steps import circumstances
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -154,9 +159,9 @@ def main() -> None:
     rows.to_csv(arguments.out / "result.csv", index=False, float_format="%.5g")
     draw(rows, chosen, arguments.out / "stream.png")
     lines = [
-        f"{len(frames)} frames of {arguments.images} images, chosen threshold {chosen:g}; torch "
-        f"{torch.__version__}, seed 0.",
+        f"{len(frames):,} frames of {arguments.images} images, seed 0.",
         "",
+        circumstances(Device()),
         "| threshold, levels | computed | accuracy | as by computing all | ms per frame (range) |",
         "|---|---|---|---|---|",
     ]
