@@ -23,7 +23,12 @@ from fbnas.commands.compress import (
 )
 from fbnas.commands.int8 import quantized
 from fbnas.commands.teachers import Sources
-from fbnas.compression import LatencyNotReachedError, LatencyPruning, calibration_images
+from fbnas.compression import (
+    FORM_FILE,
+    LatencyNotReachedError,
+    LatencyPruning,
+    calibration_images,
+)
 from fbnas.compression.packing import PACKED_FILE
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
@@ -129,6 +134,14 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage 
             print(f"{name} is left out: {error}")
             return None
         packed_file(run.config, folder, network, report)
+    if (
+        form_of(run.folder / stage, run.device) is None
+        and (run.folder / stage / FORM_FILE).exists()
+    ):
+        print(
+            f"{name}: the file of {run.device.runtime} is fp32, with the weights that were trained "
+            "for int8; the method int8 after it lets the runtime's own converter quantize them"
+        )
     return _exported(stage, stage, run.folder, run.data, run.device)
 
 
