@@ -21,7 +21,7 @@ COMMANDS = {
     "search": "learn theta and the shared weights for a table and a budget",
     "sample": "architectures from a finished search, best first",
     "train": "train one architecture",
-    "compress": "prune or quantize a trained network",
+    "compress": "make a trained network smaller or quicker",
     "export": "write a network as a file that a device runs",
     "evaluate": "accuracy and measured latency of an exported file",
     "calibrate": "a table against measured whole networks",

@@ -63,6 +63,7 @@ NAMES = (*METHODS, INT8)
 def main(config: dict[str, Any]) -> int:
     names = method_names(config["method"])
     check_compression(config)
+    device_of(config)  # refuses a wrong one before anything is spent
     if names == [INT8]:
         return _quantize(config)
     folder = network_folder(config["model"])
@@ -359,12 +360,15 @@ def _int8(
     Of the latter the float file where int8 does not pay at all.
     """
     found: dict[str, Any] = {}
+    device = device_of(config)
     if trained is not None:
         export_int8_onnx(trained.network, trained.form, target, card=trained.card)
     else:
         method = quantization_of(config)
-        device = device_of(config) if config["measure"] and method.pays else None
-        layers = quantized(source, target, data, method, measured_on=device, seed=config["seed"])
+        measured_on = device if config["measure"] and method.pays else None
+        layers = quantized(
+            source, target, data, method, measured_on=measured_on, seed=config["seed"]
+        )
         if not layers["pays"]:
             target.write_bytes(source.read_bytes())
             print(
@@ -374,6 +378,11 @@ def _int8(
         found = {"int8": layers}
     size = target.stat().st_size
     print(f"{target}: {source.stat().st_size:,} -> {size:,} bytes")
+    if device.suffix != ".onnx":
+        print(
+            f"{target} is an int8 ONNX file; {device.runtime} reads none, so it was not measured: "
+            f"fbnas export format={device.runtime} precision=int8 makes that runtime's own file"
+        )
     accuracy = judge_file(target, data, data.test)
     return {
         "model_bytes": size,

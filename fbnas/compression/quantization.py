@@ -44,8 +44,8 @@ class StaticQuantization:
         equalise: even out the weights of neighbouring layers first, by `equalise_`.
         reduce_range: weights in 7 bits, for x86 CPUs without VNNI, whose sums saturate at 16 bits.
         batch_size: calibration images per run.
-        max_accuracy_drop: leave the fewest layers in float that keep validation accuracy within it
-            of the float file's; None: none for that.
+        max_accuracy_drop: leave few layers in float, as `fewest_float` seeks them, that keep
+            validation accuracy within it of the float file's; None: none for that.
         sensitivity: tell what int8 of each layer alone does, even where no layer has to be float.
         sensitivity_images: validation images that tell it.
         pays: leave layers in float that int8 makes slower on the device.
@@ -286,7 +286,7 @@ class _Judge:
 def _judged(
     report: QuantizationReport, judge: _Judge, method: StaticQuantization, seed: int
 ) -> QuantizationReport:
-    """Find the fewest layers to leave in float for accuracy; none where int8 is good enough."""
+    """Find few layers to leave in float for accuracy; none where int8 is good enough."""
     drop = method.max_accuracy_drop
     least = -1.0 if drop is None else judge.accuracy() - drop - 1e-9
 

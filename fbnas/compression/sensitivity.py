@@ -1,4 +1,4 @@
-"""What int8 does to a network layer by layer, and the fewest layers left in float that mend it."""
+"""What int8 does to a network layer by layer, and few layers left in float that mend it."""
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
@@ -9,7 +9,7 @@ import torch
 
 from fbnas.training.task import CLASSIFICATION, Task
 
-CHECKS = 64  # smaller sets that are tried before the fewest are believed found
+CHECKS = 64  # smaller sets that are tried before no smaller one is believed to do
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def sensitivity_of(
 def fewest_float(
     order: Sequence[str], accurate: Callable[[Collection[str]], bool]
 ) -> tuple[str, ...]:
-    """Return the fewest layers that must stay float for a network to be accurate enough.
+    """Return layers that may stay float for a network to be accurate enough, as few as are found.
 
     By bisection over how many of the most sensitive are needed; then every one of these that can do
     without float is let go; then smaller sets are tried, those of the most sensitive layers first,
-    until none of that size is left or `CHECKS` were in vain. More float layers are taken to be no
-    less accurate, and all layers in float to be accurate enough.
+    until none of that size is left or `CHECKS` were in vain: a smaller set beyond is missed. More
+    float layers are taken to be no less accurate, and all layers in float to be accurate enough.
 
     Args:
         order: all layers, the most sensitive first.

@@ -43,9 +43,9 @@ class Scheme:
 
     Args:
         per_channel: one weight scale per output channel instead of one per tensor.
-        activations: asymmetric: a zero point of its own per tensor; symmetric: in the middle of the
-            levels, or at the lowest for what is never negative, as after a ReLU (Nagel et al. 2021,
-            arXiv 2106.08295, section 2.2.1). Both are uint8.
+        activations: asymmetric: a zero point of its own per tensor; symmetric: 128, in the middle
+            of the levels, with 127 steps to max |x|, or 0 for what is never negative, as after a
+            ReLU (Nagel et al. 2021, arXiv 2106.08295, section 2.2.1). Both are uint8.
         weights: symmetric: int8 about zero; asymmetric: with a zero point, one for a whole tensor.
         ranges: how observed values become a range: minmax, percentile or entropy.
         percentile: of the values that its range encloses.
@@ -325,8 +325,13 @@ def layer_names(graph: "onnx.GraphProto") -> tuple[str, ...]:
 
 
 def _symmetric(low: float, high: float) -> tuple[float, float]:
+    """Widen a range until its zero point is 128, or 0 where nothing is negative.
+
+    256 levels have no middle: of -reach to reach, the zero point would be 127.5, which a float
+    rounds to 127 or 128 by chance.
+    """
     reach = max(abs(low), abs(high))
-    return (0.0 if low >= 0 else -reach, reach)
+    return (0.0 if low >= 0 else -reach * 128 / 127, reach)
 
 
 def _between_float(graph: "onnx.GraphProto", float_layers: frozenset[str]) -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 
 from fbnas.commands import COMMANDS, main
 from fbnas.commands.composition import compose, describe, groups_of
+from fbnas.commands.compress import check_compression
 from fbnas.commands.sweep import plan
 from fbnas.compression import METHODS
 from fbnas.errors import InputError
@@ -84,6 +85,27 @@ def test_every_config_composes_with_every_command_that_takes_its_group(
     else:
         stated = [x.partition("=")[0] for x in NEEDED.get((group, name), [])]
         assert config[group] == {**shipped, **{key.partition(".")[2]: "p" for key in stated}}
+
+
+@pytest.mark.parametrize("name", shipped_names("compression"))
+def test_every_recipe_of_compression_is_accepted_and_its_examples_compose(name: str) -> None:
+    for command in ("compress", "run"):
+        check_compression(compose(command, given(command, "compression", name)))
+    opening = (configs_folder() / "compression" / f"{name}.yaml").read_text()
+    examples = [shlex.split(x) for x in re.findall(r"^# +fbnas (.+)$", opening, flags=re.M)]
+    for command, *overrides in examples:
+        assert f"compression={name}" in overrides
+        check_compression(compose(command, overrides))
+    assert name == "default" or {x[0] for x in examples} == {"compress", "run"}
+
+
+@pytest.mark.parametrize("name", [*METHODS, "int8", "deep_compression"])
+def test_every_method_has_a_recipe_by_which_a_run_applies_it(name: str) -> None:
+    applied = compose("run", [f"compression={name}"])["compression"]["methods"]
+    if name == "deep_compression":
+        assert applied == ["sparsity", "weight_sharing"]
+    else:
+        assert name in applied
 
 
 @pytest.mark.parametrize("name", shipped_names("architecture"))

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from fbnas.compression import ChannelPruning, StaticQuantization, compress_, quantize_file
 from fbnas.errors import InputError
-from fbnas.export import accuracy_of_file, export_onnx, read_metadata
+from fbnas.export import accuracy_of_file, export_onnx, read_metadata, scores_of_file
 from fbnas.training.data import Images
 
 TOLERANCE = 0.02  # top-1 lost to int8 on digits; measured: 0.000, with weights of 7 bits 0.0035
+SCHEMES: dict[str, dict] = {
+    "default": {},
+    "percentile": {"ranges": "percentile"},
+    "entropy": {"ranges": "entropy"},
+    "symmetric activations": {"activations": "symmetric"},
+    "scale per tensor": {"per_channel": False},
+    "asymmetric weights": {"per_channel": False, "weights": "asymmetric"},
+    "equalised": {"equalise": True},
+    "7 bits": {"reduce_range": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +48,22 @@ def judge(path: Path, trained: Trained) -> float:
 def test_int8_costs_little_accuracy(files: tuple[Path, Path], trained: Trained) -> None:
     fp32, int8 = files
     assert judge(int8, trained) >= judge(fp32, trained) - TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_int8_by_every_scheme_gives_the_classes_of_fp32(
+    scheme: str, files: tuple[Path, Path], trained: Trained, tmp_path: Path
+) -> None:
+    """Of 287 validation digits; measured: all of them by default, 0.9895 (entropy) at least."""
+    data = trained.data
+    method = StaticQuantization(calibration_images=128, **SCHEMES[scheme])
+    quantize_file(files[0], tmp_path / "int8.onnx", data, method)
+    fp32, int8 = (
+        scores_of_file(path, data.validation, mean=data.mean, std=data.std, threads=1)
+        for path in (files[0], tmp_path / "int8.onnx")
+    )
+    agreement = float((fp32.argmax(1) == int8.argmax(1)).double().mean())
+    assert agreement >= 0.95
 
 
 def test_metadata_survive(files: tuple[Path, Path]) -> None:
