@@ -24,14 +24,14 @@ from fbnas.export import (
     ParityError,
     check_precision,
     export_file,
-    export_int8_onnx,
     format_of,
     judge_file,
     write_example,
 )
-from fbnas.export.formats import ALL, PRECISIONS
+from fbnas.export.formats import ALL, PRECISIONS, THROUGH_ONNX
 from fbnas.latency.converting import lacking, needed
 from fbnas.latency.devices import ROUNDS, Device
+from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.latency.lowering import OPSETS
 from fbnas.latency.model_files import parts
 from fbnas.latency.runtimes import runtime
@@ -222,11 +222,14 @@ def _data(
     None where none is given, nor known as that of heads is.
 
     Raises:
-        InputError: that of other classes, or none where nothing but int8 is asked for, of a network
-            that was not trained for it.
+        InputError: that of other classes, or none where nothing but int8 is asked for, and none of
+            it has the grids that the network was trained on.
     """
     trained = source is not None and (source / FORM_FILE).is_file()
-    needed = not trained and all(precision == "int8" for _, precision in wanted)
+    needed = all(
+        precision == "int8" and not (trained and each.suffix in THROUGH_ONNX)
+        for each, precision in wanted
+    )
     if card.heads:
         return data_of_heads(config, card, source, needed=needed)
     assert source is not None
@@ -280,8 +283,11 @@ class Job:
             device = device_for(each, precision, self.config, alone=self.alone)
             report = self._exported(self.path(each, precision), device, precision)
         except ParityError as error:
-            print(error)
-            return replace(found, left_out=f"deleted: {error}", disagrees=True)
+            words = str(error)
+            if self.images is None and precision == "int8":  # whose steps tip scores that are alike
+                words += " The images are noise: data=... shows it real ones."
+            print(words)
+            return replace(found, left_out=f"deleted: {words}", disagrees=True)
         except InputError as error:
             words = str(error).replace("device.", "")  # options of ours, where a device has them
             if self.alone:
@@ -294,13 +300,11 @@ class Job:
         return replace(found, device=device, report=report)
 
     def _exported(self, path: Path, device: Device, precision: str) -> ExportReport:
-        form = None
-        if self.source is not None and precision == "int8":
-            form = form_of(self.source, device)
-        if form is not None:
-            return export_int8_onnx(self.network, form, path, card=self.card, images=self.images)
-        if precision == "int8" and not self.calibration:
-            raise InputError(f"int8 {INT8_NEEDS}")
+        form = self._form(device) if precision == "int8" else None
+        if precision == "int8" and form is None and not self.calibration:
+            trained = self.source is not None and (self.source / FORM_FILE).is_file()
+            why = "has no place for the grids of qat and " if trained else ""
+            raise InputError(f"int8 {why}{INT8_NEEDS}")
         return export_file(
             self.network,
             path,
@@ -308,10 +312,14 @@ class Job:
             card=self.card,
             images=self.images,
             calibration=self.calibration,
+            form=form,
             precision=precision,
             opset=self.config["opset"],
             least_agreement=self.config["agreement"],
         )
+
+    def _form(self, device: Device) -> QuantizedForm | None:
+        return None if self.source is None else form_of(self.source, device)
 
     def judged(self, found: Made) -> Made:
         """Add the accuracy of the file itself, on the test images, where its runtime is."""

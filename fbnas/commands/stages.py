@@ -45,7 +45,10 @@ PRUNINGS = ("channel_pruning", "latency_pruning")  # the first of them is the st
 
 @dataclass
 class Stage:
-    """A model file and what is known of it; `network` is its folder within the run."""
+    """A model file and what is known of it; `network` is its folder within the run.
+
+    `precision` is that of the file, fp32 or int8, whatever the device's.
+    """
 
     name: str
     path: Path
@@ -53,6 +56,7 @@ class Stage:
     params: int
     macs: int
     validation_accuracy: float
+    precision: str = "fp32"
     accepted: bool = True
     reason: str = ""
     timing: Timing | None = None
@@ -66,6 +70,7 @@ class Stage:
             "name": self.name,
             "file": str(self.path.relative_to(folder)),
             "network": self.network,
+            "precision": self.precision,
             "accuracy_top1": self.accuracy_top1,
             "validation_accuracy": self.validation_accuracy,
             "latency_ms": self.timing.as_dict() if self.timing else None,
@@ -237,7 +242,8 @@ def _exported(name: str, source: str, folder: Path, data: Data, device: AnyDevic
         export_int8_onnx(network, form, path, card=card, images=images.contiguous())
     found: Count = count(network, card.input_shape)
     accuracy = _accuracy(path, data, data.validation, device)
-    return Stage(name, path, source, found.params, found.macs, accuracy)
+    precision = "fp32" if form is None else INT8
+    return Stage(name, path, source, found.params, found.macs, accuracy, precision)
 
 
 def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
@@ -250,7 +256,7 @@ def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
         print(f"int8 is left out: the file of {best.name} is int8 already")
         return None
     path = run.folder / "models" / f"{INT8}{run.device.suffix}"
-    stage = Stage(INT8, path, best.network, best.params, best.macs, 0.0)
+    stage = Stage(INT8, path, best.network, best.params, best.macs, 0.0, precision=INT8)
     try:
         int8 = replace(run.device, precision="int8")
         if run.device.suffix == ".onnx":

@@ -18,6 +18,7 @@ from fbnas.compression.dataflow import layer_calls
 from fbnas.compression.holding import held, weighted
 from fbnas.compression.method import Applied, Method
 from fbnas.errors import InputError
+from fbnas.space.heads import separate_classifiers
 
 if TYPE_CHECKING:
     from fbnas.compression.method import Tools
@@ -33,7 +34,8 @@ class Ternary(Method):
     Args:
         threshold: t: weights of at most t * max |w| become zero, 0 <= t < 1 (section 3.2; 0.05 in
             the paper's experiments).
-        ends: make the first and the last layer ternary too; the paper leaves them in float.
+        ends: make the first and the last layer ternary too; the paper leaves them in float. Of
+            heads that were joined each has a last layer.
     """
 
     NAME: ClassVar[str] = "ternary"
@@ -61,13 +63,23 @@ class Ternary(Method):
 
     def _layers(self, model: nn.Module, tools: "Tools") -> dict[str, nn.Conv2d | nn.Linear]:
         layers = {call.name: call.layer for call in layer_calls(model, tools.input_shape)}
-        names = list(layers) if self.ends else list(layers)[1:-1]
-        if not names:
+        left = set[nn.Module]() if self.ends else _ends(model, list(layers.values()))
+        chosen = {name: layer for name, layer in layers.items() if layer not in left}
+        if not chosen:
             raise InputError(
                 f"The network has {len(layers)} convolutions and linear layers, and the first and "
-                "the last stay in float; expected more, or ends=true."
+                "the last of every head stay in float; expected more, or ends=true."
             )
-        return {name: layers[name] for name in names}
+        return chosen
+
+
+def _ends(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Module]:
+    """Return the first layer and the last of every head, of layers in the order of their calls."""
+    found = {*layers[:1], *layers[-1:]}
+    for classifier in separate_classifiers(model):
+        inside = set(classifier.modules())
+        found.update([layer for layer in layers if layer in inside][-1:])
+    return found
 
 
 @dataclass(frozen=True)

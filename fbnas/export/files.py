@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fbnas.errors import InputError
-from fbnas.export.formats import FORMATS, check_precision
+from fbnas.export.formats import FORMATS, THROUGH_ONNX, check_precision
 from fbnas.export.ir import write_ir
 from fbnas.export.metadata import METADATA_PREFIX, embed, metadata_of, sidecar
 from fbnas.export.onnx import (
@@ -20,6 +20,7 @@ from fbnas.export.onnx import (
     ExportReport,
     ParityError,
     compared,
+    export_int8_onnx,
     export_onnx,
     halve_onnx,
 )
@@ -27,6 +28,7 @@ from fbnas.files import atomic_write, write_json
 from fbnas.latency import model_files
 from fbnas.latency.converting import convert
 from fbnas.latency.devices import Device
+from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.lowering import OPSET, quantize_onnx
 from fbnas.latency.profiling import AnyDevice
 from fbnas.latency.runtimes import RUNTIMES, runtime, suffixes
@@ -45,6 +47,7 @@ def export_file(
     card: NetworkCard,
     images: Tensor | None = None,
     calibration: Sequence[np.ndarray] = (),
+    form: QuantizedForm | None = None,
     precision: str | None = None,
     opset: int = OPSET,
     least_agreement: float | None = None,
@@ -60,16 +63,24 @@ def export_file(
     Args:
         images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
         calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges.
+        form: of a network that was trained for int8: an int8 ONNX file or IR has its grids, needs
+            no calibration, and is compared with torch's imitation of int8.
         precision: fp32, fp16 or int8; the device's where not given.
         opset: version of ONNX's operators, 13 to 20.
         least_agreement: 0 to 1, of int8 files.
 
     Raises:
-        InputError: int8 without calibration, or it cannot be converted or run here.
+        InputError: int8 without calibration or form, a form of another network, for another
+            precision or for a file that has no place for it; or it cannot be converted or run here.
         ParityError: the file disagrees with torch; it is not kept.
     """
     precision = precision or device.precision
-    if precision == "int8" and not calibration:
+    if form is not None and (precision != "int8" or path.suffix not in THROUGH_ONNX):
+        raise InputError(
+            f"{path.name} at {precision} has no place for the grids of form=; expected int8 as "
+            f"{' or '.join(THROUGH_ONNX)}, or calibration= instead."
+        )
+    if precision == "int8" and form is None and not calibration:
         raise InputError(
             "int8 takes its ranges from images; expected data=... with training images"
         )
@@ -80,16 +91,23 @@ def export_file(
     if path.suffix == ".onnx" and precision == "fp32":
         return export_onnx(network, path, card=card, images=images, opset=opset)
     try:
-        if path.suffix in (".onnx", ".xml"):
+        if path.suffix in THROUGH_ONNX:
             check_precision(FORMATS["onnx"], precision)
             _write_through_onnx(
-                network, path, card, precision=precision, images=images, shown=shown, opset=opset
+                network,
+                path,
+                card,
+                precision=precision,
+                images=images,
+                shown=shown,
+                form=form,
+                opset=opset,
             )
         else:
             assert isinstance(device, Device)
             _convert(network, path, device, card, shown)
         return _checked(
-            network,
+            network if form is None else as_deployed(network, form),
             path,
             device,
             images,
@@ -111,16 +129,22 @@ def _write_through_onnx(
     precision: str,
     images: Tensor,
     shown: Sequence[np.ndarray],
+    form: QuantizedForm | None,
     opset: int,
 ) -> None:
-    """Write the fp32 ONNX file, and from it another precision, OpenVINO's IR, or both."""
+    """Write the fp32 ONNX file, and from it another precision, OpenVINO's IR, or both.
+
+    int8 with the grids of a form is ONNX from the start.
+    """
     written = card if path.suffix == ".onnx" else replace(card, heads={})  # the IR has one output
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
-        source, quantized = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        export_onnx(network, source, card=written, images=images, opset=opset)
-        if precision == "int8":
-            quantize_onnx(source, quantized, shown)
-            source = quantized
+        source = Path(folder) / "source.onnx"
+        if form is not None:
+            export_int8_onnx(network, form, source, card=written, images=images, opset=opset)
+        else:
+            export_onnx(network, source, card=written, images=images, opset=opset)
+            if precision == "int8":
+                quantize_onnx(source, source, shown)
         if path.suffix == ".xml":
             write_ir(source, path, _named(card), halve=precision == "fp16")
         elif precision == "fp16":

@@ -7,6 +7,7 @@ from fbnas.latency.runtimes import RUNTIMES
 
 ALL = "all"
 PRECISIONS = ("fp32", "fp16", "int8")
+THROUGH_ONNX = (".onnx", ".xml")  # written as ONNX or from it, so that int8 may keep trained grids
 
 
 @dataclass(frozen=True)

@@ -125,20 +125,23 @@ def export_int8_onnx(
     card: NetworkCard | None = None,
     input_shape: tuple[int, int, int] | None = None,
     images: Tensor | None = None,
+    opset: int = OPSET,
 ) -> ExportReport:
     """Write a network that was trained for int8 as such a file, with exactly the grids it knows.
 
     The report compares it with torch's imitation of int8. Integer kernels round sums elsewhere than
-    torch does, so scores differ by a step of their grid here and there.
+    torch does, so scores differ by a step of their grid here and there; `export_file` deletes a
+    file that differs by more.
 
     Args:
         form: what the training left beside the weights.
         card: goes into the file's metadata, and gives the input shape.
         input_shape: (c, h, w), where there is no card and the network does not know its own.
         images: (n, c, h, w) float, normalised, to compare by; seeded noise where not given.
+        opset: version of ONNX's operators, 13 to 20.
 
     Raises:
-        InputError: no input shape, a form of another network, or no ONNX form.
+        InputError: no input shape, another opset, a form of another network, or no ONNX form.
     """
     shape = card.input_shape if card is not None else input_shape
     shape = getattr(network, "input_shape", None) if shape is None else shape
@@ -148,7 +151,7 @@ def export_int8_onnx(
         images = torch.randn(PARITY_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     path = Path(path)
     metadata = {} if card is None else metadata_of(card)
-    write_int8_onnx(network, form, shape, path, metadata=metadata)
+    write_int8_onnx(network, form, shape, path, metadata=metadata, opset=opset)
     if card is not None and card.heads:
         divide_scores(path, card.heads)
     return _compared(as_deployed(network, form), path, images, card)

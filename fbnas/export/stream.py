@@ -9,17 +9,19 @@ import numpy as np
 from fbnas.errors import InputError
 from fbnas.export.metadata import read_metadata
 from fbnas.export.session import open_session, scores
+from fbnas.space.heads import Heads, rows_of
 
 CELLS = 8  # a frame's change is that of the cell, of 8 x 8, that changes most
 LEVELS = 255.0  # of a pixel
 
-Run = Callable[[np.ndarray], np.ndarray]  # (1, c, h, w) float32 to (1, classes)
+Run = Callable[[np.ndarray], np.ndarray]  # (1, c, h, w) float32 to (1, classes), of all heads
 
 
 @dataclass(frozen=True)
 class Answer:
     """Scores (classes,) of a frame, how much it differs from the key frame, whether they are new.
 
+    `scores`: of several heads side by side, in their order.
     `change`: in levels of a pixel, 0 to 255; infinite for the first frame.
     """
 
@@ -46,13 +48,20 @@ class Stream:
         std: likewise.
         threshold: levels of change, 0 to 255, up to which the scores are reused; 0 only reuses
             those of equal frames. `choose_threshold` finds one.
+        heads: the names of each head's classes, where there are several, in the order of scores.
 
     Raises:
         InputError: a threshold out of its range.
     """
 
     def __init__(
-        self, run: Run, *, mean: Sequence[float], std: Sequence[float], threshold: float
+        self,
+        run: Run,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        threshold: float,
+        heads: Heads | None = None,
     ) -> None:
         if not 0 <= threshold <= LEVELS:
             raise InputError(f"threshold is {threshold}; expected 0 to {LEVELS:g} levels.")
@@ -60,18 +69,20 @@ class Stream:
         self.mean = np.asarray(mean, dtype=np.float32).reshape(-1, 1, 1)
         self.std = np.asarray(std, dtype=np.float32).reshape(-1, 1, 1)
         self.threshold = threshold
+        self.rows = list(rows_of(heads or {}).values()) or [slice(None)]
         self.frames = self.computed = 0
         self.key: np.ndarray | None = None
         self.scores: np.ndarray | None = None
 
     @classmethod
     def load(cls, path: Path | str, *, threshold: float, threads: int | None = 1) -> "Stream":
-        """Read an ONNX file of `fbnas export`, which states its own preprocessing.
+        """Read an ONNX file of `fbnas export`, which states its own preprocessing and heads.
 
         Raises:
             InputError: no such file, or one that states none.
         """
-        stated = read_metadata(path).get("preprocessing")
+        metadata = read_metadata(path)
+        stated = metadata.get("preprocessing")
         if stated is None:
             raise InputError(
                 f"{path} states no preprocessing; expected an ONNX file of fbnas export."
@@ -82,7 +93,8 @@ class Stream:
         def run(images: np.ndarray) -> np.ndarray:
             return scores(session, {name: images})
 
-        return cls(run, mean=stated["mean"], std=stated["std"], threshold=threshold)
+        heads = metadata.get("heads")
+        return cls(run, mean=stated["mean"], std=stated["std"], threshold=threshold, heads=heads)
 
     def __call__(self, frame: np.ndarray) -> Answer:
         """Classify the next frame, (h, w, c) uint8.
@@ -104,6 +116,10 @@ class Stream:
         self.key = frame.copy()
         self.computed += 1
         return Answer(self.scores, change, computed=True)
+
+    def classes(self, answer: Answer) -> tuple[int, ...]:
+        """Return the class of each head, counted from that head's first; of one head one class."""
+        return tuple(int(answer.scores[rows].argmax()) for rows in self.rows)
 
     @property
     def saving(self) -> float:
@@ -150,7 +166,8 @@ def choose_threshold(
     Args:
         frames: a video like those to come, in order, each (h, w, c) uint8.
         make: builds a stream of a threshold.
-        agreement: the fraction of frames whose class must be that of computing them, 0 to 1.
+        agreement: the fraction of frames whose class must be that of computing them, 0 to 1; of
+            several heads, in each.
         candidates: thresholds in levels.
 
     Returns:
@@ -165,14 +182,12 @@ def choose_threshold(
             "fraction more than 0 and at most 1."
         )
     whole = make(0.0)
-    expected = [int(whole(frame).scores.argmax()) for frame in frames]
+    expected = np.array([whole.classes(whole(frame)) for frame in frames])  # (frames, heads)
     best = 0.0
     for threshold in sorted(candidates):
         stream = make(threshold)
-        same = sum(
-            int(stream(frame).scores.argmax()) == answer
-            for frame, answer in zip(frames, expected, strict=True)
-        )
-        if same >= agreement * len(frames):
+        found = np.array([stream.classes(stream(frame)) for frame in frames])
+        worst = int((found == expected).sum(0).min())
+        if worst >= agreement * len(frames):
             best = max(best, threshold)
     return best

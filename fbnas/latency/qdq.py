@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed, weight_scale
-from fbnas.latency.lowering import store_onnx, trace_onnx
+from fbnas.latency.lowering import OPSET, store_onnx, trace_onnx
 
 if TYPE_CHECKING:
     import onnx
@@ -34,6 +34,7 @@ def write_int8_onnx(
     *,
     batch: int | None = None,
     metadata: dict[str, str] | None = None,
+    opset: int = OPSET,
 ) -> None:
     """Write a network whose weights lie on their grids as int8: uint8 activations, int8 weights.
 
@@ -41,11 +42,12 @@ def write_int8_onnx(
         input_shape: (c, h, w) of one image.
         batch: images per run; None leaves it open.
         metadata: key-value pairs stored in the file.
+        opset: version of ONNX's operators, 13 to 20.
 
     Raises:
-        InputError: the form is of another network, or the network has no ONNX form.
+        InputError: another opset, the form is of another network, or that has no ONNX form.
     """
-    model = trace_onnx(as_deployed(network, form), input_shape, batch=batch)
+    model = trace_onnx(as_deployed(network, form), input_shape, batch=batch, opset=opset)
     _Lowering(model.graph, form).run()
     store_onnx(model, path, metadata=metadata)
 

@@ -6,7 +6,6 @@ from typing import Any
 from fbnas.report.run import Run
 from fbnas.report.words import digits, duration, ms, percent, scaled
 
-INT8_STAGES = ("int8", "qat")  # of a run, whatever precision its device has
 LEAST_TOLERANCE = 0.05  # the contract of exit code 3: 5 % or twice the noise floor, the greater,
 MOST_TOLERANCE = 0.10  # but a busy machine does not make every budget met
 
@@ -116,15 +115,29 @@ def _trained(run: Run) -> str:
 def _device(run: Run) -> str:
     """Name the device with its runtime, and the precision of the file that it runs.
 
-    From the result or the table's header; a run for an fp32 device may end on an int8 file.
+    From the result or the table's header; a run for an fp32 device may end on an int8 file, and
+    one for an int8 device on an fp32 file.
     """
     device: dict[str, Any] = run.result.get("device") or {}
     header = run.tables[0].header if run.tables else {}
     name = device.get("device") or device.get("name") or "this device"
     how = [str(device.get(key) or header.get(key) or "") for key in ("runtime", "precision")]
-    if run.result.get("final_stage") in INT8_STAGES:
-        how[1] = "int8"
+    how[1] = _precision_of_final_stage(run) or how[1]
     return f"{name} ({', '.join(word for word in how if word)})" if any(how) else str(name)
+
+
+def _precision_of_final_stage(run: Run) -> str:
+    """Return fp32 or int8, as the stage's file is; empty of a command that has no stages."""
+    final = run.result.get("final_stage")
+    if final is None:
+        return ""
+    of_stages = {row.get("name"): row for row in run.result.get("stages") or ()}
+    stated = of_stages.get(final, {}).get("precision")
+    if stated:
+        return str(stated)
+    # An older run does not say it: there `qat` is int8 in ONNX files, and in no other.
+    onnx = str(run.result.get("model") or "model.onnx").endswith(".onnx")
+    return "int8" if final == "int8" or (final == "qat" and onnx) else "fp32"
 
 
 def _spread(latency: dict[str, Any] | None) -> str:

@@ -101,6 +101,12 @@ class SideBySide(nn.Module):
         return torch.cat([classifier(features) for classifier in self.classifiers], 1)
 
 
+def separate_classifiers(model: nn.Module) -> list[nn.Module]:
+    """Return the classifiers that a network has side by side; none where it ends in one alone."""
+    joined = [module for module in model.modules() if isinstance(module, SideBySide)]
+    return [classifier for module in joined for classifier in module.classifiers]
+
+
 def join_heads(networks: Mapping[str, Network]) -> Network:
     """Join networks that differ in nothing but their classifiers; names are those of the heads.
 

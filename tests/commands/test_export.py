@@ -1,5 +1,6 @@
 """fbnas export: several files at once, what is left out or deleted, and what is said of it."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +18,9 @@ from tiny_run import write_space
 
 from fbnas.commands import export, main
 from fbnas.compression import calibration_images
-from fbnas.export import FORMATS
+from fbnas.export import FORMATS, read_metadata
+from fbnas.export import onnx as writer
+from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.runtimes import runtime
 from fbnas.space import load_network
 from fbnas.training.data import Data, load_data
@@ -32,6 +36,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = ["data=digits", "training.epochs=4", f"out={root / 'network'}"]
     assert main(["train", f"architecture={root / 'a.yaml'}", f"space={space}", *small]) == 0
     return root / "network"
+
+
+@pytest.fixture(scope="module")
+def rounded(trained: Path) -> Path:
+    """The folder of that network, trained for int8."""
+    out = trained.parent / "rounded"
+    quick = ["method=qat", "compression.fine_tuning.epochs=1", "measure=false"]
+    assert main(["compress", f"model={trained}", *quick, f"out={out}"]) == 0
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +169,98 @@ def test_a_file_that_disagrees_is_deleted_and_reported(
     assert (out / "model_fp32.onnx").exists() == several
     file = read(out / "result.json")["files"][0]
     assert file["left_out"].startswith("deleted: ")
+
+
+def test_int8_of_a_network_that_was_trained_for_it_is_made_where_its_grids_fit(
+    rounded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = ["format=all", "precision=int8", "measure=false", f"out={out}"]
+    assert main(["export", f"model={rounded}", *more]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    files = {file["format"]: file for file in read(out / "result.json")["files"]}
+    assert files["onnx"]["bytes"] == (out / "model.onnx").stat().st_size
+    operators = {node.op_type for node in onnx.load(out / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    needs = "int8 has no place for the grids of qat and takes its ranges from training images"
+    for name in ("tflite", "pte", "pt2"):
+        assert files[name]["left_out"].startswith(needs)
+        assert f"left out: {name}, int8: {files[name]['left_out']}" in shown
+    assert len(files) == len(FORMATS)
+
+
+def test_an_ir_has_the_grids_that_were_trained(rounded: Path, tmp_path: Path, digits: Data) -> None:
+    if not runtime("openvino").available():
+        pytest.skip("openvino is not installed here")
+    import openvino
+
+    out = tmp_path / "out"
+    more = ["format=[onnx,openvino]", "precision=int8", "data=digits", "rounds=2"]
+    assert main(["export", f"model={rounded}", *more, f"out={out}"]) == 0
+    network, card = load_network(rounded)
+    form = QuantizedForm.load(rounded / "quantization.json")
+    deployed = as_deployed(network, form)
+    accuracy = evaluate(deployed, digits.test, mean=card.mean, std=card.std)[1]
+    for file in read(out / "result.json")["files"]:
+        assert file["parity_argmax_agreement"] > 0.95
+        assert file["accuracy_top1"] == pytest.approx(accuracy, abs=2.1 / 360)
+        assert file["latency_ms"]["value"] > 0
+        assert read_metadata(out / file["file"])["class_names"] == list(card.class_names)
+    sizes = [path.stat().st_size for path in (out / "model.xml", out / "model.bin")]
+    assert file["bytes"] == sum(sizes)
+    assert sizes[1] < (rounded / "weights.safetensors").stat().st_size / 2  # bytes, no floats
+    model = openvino.Core().read_model(out / "model.xml")
+    assert "FakeQuantize" in {node.get_type_name() for node in model.get_ops()}
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_file_that_disagrees_with_what_was_trained_is_deleted(
+    name: str,
+    rounded: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not runtime(FORMATS[name].runtime).available():
+        pytest.skip(f"{name} is not installed here")
+    real = writer.write_int8_onnx
+
+    def of_another(network: Any, *arguments: Any, **options: Any) -> None:
+        other = copy.deepcopy(network)
+        other.classifier.linear.weight.data.neg_()  # which stays on its grid
+        real(other, *arguments, **options)
+
+    monkeypatch.setattr(writer, "write_int8_onnx", of_another)
+    out = tmp_path / "out"
+    more = [f"format={name}", "precision=int8", "measure=false", f"out={out}"]
+    assert main(["export", f"model={rounded}", *more]) == 1
+    shown = capsys.readouterr().out
+    suffix = FORMATS[name].suffix
+    assert f"model{suffix} was not kept: it gives torch's class for" in shown
+    assert "The images are noise: data=... shows it real ones." in shown
+    assert not list(out.glob("model*"))
+    assert read(out / "result.json")["files"][0]["left_out"].startswith("deleted: ")
+
+
+@pytest.mark.parametrize("opset", [13, 20])
+def test_the_opset_holds_for_what_was_trained_for_int8_too(
+    opset: int, rounded: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    more = ["precision=int8", f"opset={opset}", "measure=false", f"out={out}"]
+    assert main(["export", f"model={rounded}", *more]) == 0
+    stated = {entry.domain: entry.version for entry in onnx.load(out / "model.onnx").opset_import}
+    assert stated[""] == opset
+
+
+def test_int8_without_a_place_for_trained_grids_asks_for_images(
+    rounded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    only = ["format=pt2", "precision=int8", "measure=false", f"out={out}"]
+    assert main(["export", f"model={rounded}", *only]) == 2
+    assert "expected data=... as the network was trained on" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", FORMATS)

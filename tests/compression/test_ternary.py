@@ -14,6 +14,7 @@ from fbnas.compression.ternary import ternarized, ternary
 from fbnas.errors import InputError
 from fbnas.export import export_onnx
 from fbnas.space import load_network, save_network
+from fbnas.space.heads import join_heads, renew_classifier_
 from fbnas.training.loop import train
 from fbnas.training.settings import TrainingSettings
 
@@ -106,6 +107,18 @@ def test_a_trained_network_is_ternary_but_for_its_ends(trained: Trained, tmp_pat
     assert few_values(loaded) == counts
     exported = export_onnx(loaded, tmp_path / "model.onnx", card=trained.card)
     assert exported.argmax_agreement == 1
+
+
+def test_the_classifier_of_every_head_stays_in_float(trained: Trained) -> None:
+    other = copy.deepcopy(trained.network)
+    renew_classifier_(other, 2)
+    joined = join_heads({"digit": trained.network, "parity": other})
+    compress_(joined, Ternary(), data=trained.data)
+    names = {name for name, count in few_values(joined).items() if count > 3}
+    classifiers = {f"classifier.classifiers.{i}.linear" for i in range(2)}
+    assert names == {"stem.0", *classifiers}
+    compress_(joined, Ternary(ends=True), data=trained.data)
+    assert max(few_values(joined).values()) <= 3
 
 
 def test_training_changes_which_weights_are_zero(trained: Trained) -> None:

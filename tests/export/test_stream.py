@@ -76,6 +76,41 @@ def test_the_threshold_is_the_largest_that_agrees() -> None:
     assert choose_threshold(video, brightness, candidates=[200]) == 0.0
 
 
+def test_the_threshold_holds_for_each_of_several_heads() -> None:
+    """The first head's scores are larger: among all scores the second's class is never seen."""
+    heads = {"always": ["yes", "no"], "brightness": ["light", "dark"]}
+
+    def two(threshold: float) -> Stream:
+        def run(images: np.ndarray) -> np.ndarray:
+            return np.array([[9.0, 5.0, images.mean(), -images.mean()]])
+
+        return Stream(run, mean=[0.5], std=[0.5], threshold=threshold, heads=heads)
+
+    video = [grey(level) for level in [*range(100, 127), *range(129, 156)]]
+    stream = two(0)
+    assert stream.classes(stream(video[0])) == (0, 1)
+    assert stream.classes(stream(video[-1])) == (0, 0)
+    assert choose_threshold(video, two) == choose_threshold(video, brightness) < 32
+    assert brightness(0).classes(brightness(0)(video[0])) == (1,)
+
+
+def test_a_file_tells_of_its_heads(tmp_path: Path) -> None:
+    space = SearchSpace(
+        "tiny", 8, Stem(8, 1), (Stage(8, 1, 1),), 16, blocks=("k3_e1",), input_channels=1
+    )
+    architecture = Architecture(("k3_e1",), "tiny")
+    heads = {"digit": ("a", "b", "c"), "parity": ("even", "odd")}
+    names = (*heads["digit"], *heads["parity"])
+    card = NetworkCard(space, architecture, names, (0.5,), (0.5,), heads=heads)
+    torch.manual_seed(0)
+    network = build_network(space, architecture, classes=5).eval()
+    export_onnx(network, tmp_path / "n.onnx", card=card)
+    stream = Stream.load(tmp_path / "n.onnx", threshold=0)
+    answer = stream(RNG.integers(0, 255, (8, 8, 1), dtype=np.uint8))
+    assert answer.scores.shape == (5,)
+    assert stream.classes(answer) == (answer.scores[:3].argmax(), answer.scores[3:].argmax())
+
+
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:
     stream = brightness(1)
     with pytest.raises(InputError, match="expected \\(height, width, 1\\) uint8"):

@@ -96,6 +96,27 @@ def test_the_precision_is_that_of_the_final_file(run_folder: Path) -> None:
         assert f"(onnxruntime, {precision})" in summary
 
 
+@pytest.mark.parametrize("stated", ["fp32", "int8"])
+@pytest.mark.parametrize("stage", ["fp32", "qat"])
+def test_the_precision_is_what_the_stage_states(stage: str, stated: str, run_folder: Path) -> None:
+    result = read_json(run_folder / "result.json")
+    result["device"]["precision"] = "int8" if stated == "fp32" else "fp32"
+    result["stages"].append(result["stages"][0] | {"name": stage, "precision": stated})
+    write_json(run_folder / "result.json", result | {"final_stage": stage})
+    summary = ParsedPage(write_report(run_folder)).text_of["summary"]
+    assert f"(onnxruntime, {stated})" in summary
+
+
+@pytest.mark.parametrize(("model", "precision"), [("model.onnx", "int8"), ("model.pt2", "fp32")])
+def test_an_older_run_trained_for_int8_is_int8_in_onnx_files_alone(
+    model: str, precision: str, run_folder: Path
+) -> None:
+    result = read_json(run_folder / "result.json")
+    write_json(run_folder / "result.json", result | {"final_stage": "qat", "model": model})
+    summary = ParsedPage(write_report(run_folder)).text_of["summary"]
+    assert f"(onnxruntime, {precision})" in summary
+
+
 def test_a_stage_that_was_never_measured(run_folder: Path) -> None:
     result = read_json(run_folder / "result.json")
     result["stages"][1] = {"name": "pruned", "accepted": False, "reason": "could not be exported"}
