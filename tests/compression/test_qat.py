@@ -28,7 +28,8 @@ from fbnas.compression.folding import fold_bn_
 from fbnas.compression.holding import weighted
 from fbnas.compression.method import Tools
 from fbnas.errors import InputError
-from fbnas.export import accuracy_of_file, export_int8_onnx, export_onnx
+from fbnas.export import accuracy_of_file, export_file, export_int8_onnx, export_onnx
+from fbnas.latency.devices import Device
 from fbnas.latency.fake_quantization import (
     QuantizedForm,
     as_deployed,
@@ -432,6 +433,9 @@ def test_a_form_of_another_network_or_file_is_refused(trained: Trained, tmp_path
     form = QuantizedForm(8, True, {"steam.0": (0.0, 1.0)}, {})
     with pytest.raises(InputError, match=r"names steam\.0, which the network has not"):
         as_deployed(trained.network, form)
+    device, path = Device(runtime="pytorch", precision="int8"), tmp_path / "x.pt2"
+    with pytest.raises(InputError, match=r"x\.pt2 at int8 has no place for the grids of form="):
+        export_file(trained.network, path, device, card=trained.card, form=form)
     (tmp_path / "f.json").write_text('{"weight_bits": 8}')
     with pytest.raises(InputError, match=r"f\.json: .*missing or of the wrong kind"):
         QuantizedForm.load(tmp_path / "f.json")
