@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-SEARCHED, RANDOM, UNIFORM, FAMILY = "searched", "random", "uniform", "family"
+SEARCHED, RANKED = "searched", "ranked"  # the most probable; the first by the shared weights
+RANDOM, UNIFORM, FAMILY = "random", "uniform", "family"
 AS_FAST = 1.03  # a uniform network may take so much of the searched one's latency or the budget
 
 
@@ -42,12 +43,12 @@ class Compared:
         return {name: (self.own - other).dropna() for name, other in others.items()}
 
 
-def compared(result: pd.DataFrame) -> list[Compared]:
-    """A comparison per budget, smallest first."""
+def compared(result: pd.DataFrame, kind: str = SEARCHED) -> list[Compared]:
+    """A comparison per budget, smallest first, of the searched networks of a kind."""
     found = []
     families = result[result.kind == FAMILY]
     for fraction, part in result[result.fraction.notna()].groupby("fraction"):
-        own = part[part.kind == SEARCHED].set_index("seed")
+        own = part[part.kind == kind].set_index("seed")
         random = part[part.kind == RANDOM]
         off = random.measured_ms / random.seed.map(own.measured_ms) - 1
         most_ms = AS_FAST * max(own.measured_ms.mean(), own.budget_ms.max())

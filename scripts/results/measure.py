@@ -3,7 +3,7 @@
     python scripts/results/measure.py WORK DATA [--dataset cifar|imagenette] [--seeds 0,1,2]
         [--fractions 0.1,0.18,0.27,0.38,0.5] [--random 1] [--images N] [--epochs N]
         [--train-epochs N] [--space NAME|PATH] [--processes 2] [--out DIR]
-        [--steps table,search,choose,train,measure,report]
+        [--steps table,search,choose,rank,train,measure,report]
 
 DATA: CIFAR-10's folder of train.parquet and test.parquet, or Imagenette's of train/ and val/.
 Device: ONNX Runtime, int8, one thread of this machine. Everything is done once per seed. Steps:
@@ -16,15 +16,17 @@ Device: ONNX Runtime, int8, one thread of this machine. Everything is done once 
              uniform networks, one block everywhere, that some budget holds; each family at the
              three of WIDTHS that measure below the smallest budget, nearest to the middle one,
              above the largest
+    rank     of 200 networks that theta draws from the same band for each budget, the first by the
+             shared weights, as `fbnas run` chooses
     train    all of them alike, in fp32; then an int8 file of each by its own export (ranges from
              training images), judged by itself on all test images
     measure  all these files against each other, interleaved (wants a quiet machine)
     report   OUT/result.csv, result.md and results.png
 
-WORK keeps it all: the same command continues, steps may be run one at a time. `search` and `train`
-run in so many `--processes`; `--part i/n` runs one of n parts alone. Options without a default
-follow from the data set (PRESETS). More seeds may be added in the same WORK, other changes to what
-is compared want another one.
+WORK keeps it all: the same command continues, steps may be run one at a time. `search`, `rank` and
+`train` run in so many `--processes`; `--part i/n` runs one of n parts alone. Options without a
+default follow from the data set (PRESETS). More seeds may be added in the same WORK, other changes
+to what is compared want another one.
 """
 
 import argparse
@@ -39,20 +41,31 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from compare import FAMILY, RANDOM, SEARCHED, UNIFORM
+from compare import FAMILY, RANDOM, RANKED, SEARCHED, UNIFORM
 from networks import FAMILIES
 from page import write_page
 from torch import nn
 
+from fbnas.commands.candidates import FINALISTS, SCREENING
 from fbnas.compression import calibration_images
 from fbnas.export import accuracy_of_file, export_file
 from fbnas.files import read_json, write_json
 from fbnas.latency import Device, LatencyTable, Measurement
 from fbnas.latency.profiling import enliven_, one_torch_thread
-from fbnas.search import Band, Learned, SearchSettings, draw_within, most_probable_within
+from fbnas.search import (
+    Band,
+    Learned,
+    SearchSettings,
+    SharedWeightsJudge,
+    draw_within,
+    most_probable_within,
+    rank_by_shared_weights,
+    read_supernet,
+)
 from fbnas.search.logbook import read_result
 from fbnas.space import Architecture, NetworkCard, SearchSpace, build_network, count
 from fbnas.training import Data, TrainingSettings, evaluate, load_data, train
+from fbnas.training.settings import choose_device
 
 sys.path.append(str(Path(__file__).parents[1]))
 from steps import (
@@ -68,11 +81,12 @@ from steps import (
 )
 
 HERE = Path(__file__).parent
-STEPS = ("table", "search", "choose", "train", "measure", "report")
-SHARED = ("search", "train")  # by several processes
+STEPS = ("table", "search", "choose", "rank", "train", "measure", "report")
+SHARED = ("search", "rank", "train")  # by several processes
 WIDTHS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.4)
 FIXED = ("dataset", "space", "fractions", "random", "least", "images", "epochs", "train_epochs")
 ALLOWED = 1.05  # of the largest budget: a uniform network that takes more is as fast as none
+TO_RANK = 200  # networks a budget and seed, as fbnas run does
 DRAWN = 6  # random networks that are measured for each that is kept
 AUGMENT = {"flip": True}
 PRESETS = {
@@ -315,6 +329,40 @@ def found_by(study: Study, one: Learned, fraction: float) -> Contender:
     return Contender(SEARCHED, f"searched {fraction:g}", best.blocks, fraction=fraction)
 
 
+def rank(study: Study) -> None:
+    """Add every seed's networks that the shared weights put first."""
+    out = study.work / "networks.csv"
+    for seed in part_of(study.seeds, study.options.part):
+        learned = read_result(study.work / f"search_{seed}")[1]
+        for fraction, one in zip(study.fractions, learned, strict=True):
+            if not is_known(rows_of(out), seed=seed, kind=RANKED, fraction=fraction):
+                first = first_by_shared_weights(study, one, fraction, seed)
+                append_rows(out, [{"seed": seed, **first.row(study)}])
+
+
+def first_by_shared_weights(study: Study, one: Learned, fraction: float, seed: int) -> Contender:
+    """As `fbnas run` does, but in the band that all networks here are from."""
+    theta, data = one.distribution, study.data
+    split = {"weights_fraction": SearchSettings().weights_fraction, "seed": seed}
+    device = torch.device(choose_device(study.options.torch_device))
+    supernet = read_supernet(study.work / f"search_{seed}", theta.space, data.classes)
+    probable = Architecture(found_by(study, one, fraction).blocks, study.space.name)
+    paths = draw_within(
+        theta.probabilities(),
+        Band(one.limits, theta.offered, floor=study.options.least),
+        TO_RANK - 1,
+        generator=torch.Generator().manual_seed(2_000 + seed),
+        known=[tuple(probable.path(theta.space))],
+    )
+    every = [probable, *(Architecture.from_path(study.space, list(path)) for path in paths)]
+    screen = SharedWeightsJudge(supernet, data, **split, **SCREENING, device=device)
+    finalists = [found.architecture for found in screen(every)[:FINALISTS]]
+    first = rank_by_shared_weights(supernet, finalists, data, **split, device=device)[0]
+    blocks = first.architecture.blocks
+    print(f"seed {seed}, {fraction:g}: first of {len(every)}: {' '.join(blocks)}", flush=True)
+    return Contender(RANKED, f"ranked {fraction:g}", blocks, fraction=fraction)
+
+
 def drawn(
     study: Study, one: Learned, fraction: float, generator: torch.Generator
 ) -> list[Contender]:
@@ -461,7 +509,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 ACTIONS: dict[str, Callable[[Study], None]] = dict(
-    zip(STEPS, (table, search, choose, train_all, measure, report), strict=True)
+    zip(STEPS, (table, search, choose, rank, train_all, measure, report), strict=True)
 )
 
 

@@ -34,7 +34,7 @@ def test_a_runtime_that_reads_no_onnx_file_is_pointed_to_export(
     monkeypatch.setattr(Device, "measure_quietly", measure)
     options = ["method=int8", "data.limit=320", "compression.quantization.calibration_images=32"]
     if runtime == "onnxruntime":
-        options.append("compression.quantization.pays=false")  # it would be measured
+        options.append("measure=false")  # it would be measured
     out = tmp_path / "int8"
     device = f"device.runtime={runtime}"
     assert main(["compress", f"model={trained}", device, *options, f"out={out}"]) == 0
