@@ -142,8 +142,9 @@ def write(study: Study) -> None:
         colour = "tab:orange" if kind.wavelet else "tab:blue"
         mean, deviation = 100 * mine.accuracy.mean(), 100 * mine.accuracy.std()
         axes.errorbar(ms, mean, deviation, fmt="o", color=colour, capsize=3)
-        axes.annotate(str(kind), (ms, mean), (6, -10), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.25)
+        side = {"xytext": (7, -3)} if kind.wavelet else {"xytext": (-7, -3), "ha": "right"}
+        axes.annotate(str(kind), (ms, mean), textcoords="offset points", fontsize=8, **side)
+    axes.margins(x=0.75)
     axes.set_xlabel("measured latency, ms")
     axes.set_ylabel("test accuracy, %: mean and deviation of seeds")
     figure.savefig(arguments.out / "inputs.png", dpi=110)
