@@ -16,7 +16,8 @@ from steps import spread
 
 
 def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
-    everything, ranked = compared(result), compared(result, RANKED)
+    everything = compared(result)
+    ranked = compared(result, RANKED) if (result.kind == RANKED).any() else []
     noise = result.noise_floor.max()
     off = max(c.random_off for c in [*everything, *ranked])
     lines = [
@@ -35,10 +36,7 @@ def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
         "",
         *verdicts(everything),
         "",
-        "The first by the shared weights:",
-        "",
-        *verdicts(ranked),
-        "",
+        *(["The first by the shared weights:", "", *verdicts(ranked), ""] if ranked else []),
         "## At each budget",
         "",
         "Test accuracy of int8 files, %, mean ± deviation (seeds); gains in points. Random "
@@ -51,10 +49,7 @@ def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
         "The most probable:",
         "",
         *each_budget(everything),
-        "",
-        "The first by the shared weights:",
-        "",
-        *each_budget(ranked),
+        *(["", "The first by the shared weights:", "", *each_budget(ranked)] if ranked else []),
     ]
     return "\n".join(
         [

@@ -42,8 +42,9 @@ def draw(result: pd.DataFrame, path: Path) -> None:
     bars(axes, searched, BLUE, "o", line="-", width=2.2)
     note(axes, "most probable", searched.iloc[-1], BLUE, size=10)
     ranked = means(result[result.kind == RANKED], "fraction").sort_values("ms")
-    bars(axes, ranked, SKY, "o", line="-", width=2.2)
-    note(axes, "first by shared weights", ranked.iloc[-1], SKY, size=10)
+    if len(ranked):
+        bars(axes, ranked, SKY, "o", line="-", width=2.2)
+        note(axes, "first by shared weights", ranked.iloc[-1], SKY, size=10)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.12 * (high - low))  # room for the labels
     axes.set_xlabel("measured latency of the int8 file, ms")
