@@ -197,6 +197,13 @@ class Try:
     fraction: float
     lost: float  # importance
 
+    def __str__(self) -> str:
+        measured = "" if self.measured_ms is None else f", measured {self.measured_ms:.4g} ms"
+        return (
+            f"plan {self.number}: predicted {self.predicted_ms:.4g} ms{measured}, "
+            f"{self.fraction:.2f} of the network's own"
+        )
+
 
 @dataclass(frozen=True)
 class LatencyOutcome:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fbnas.compression import ChannelStep, LatencyOutcome, LatencyPruning, Tools, compress_
 from fbnas.compression.channel_steps import LayerCosts, placed_layers, shapes_to_time, timed, useful
-from fbnas.compression.latency_pruning import Planner
+from fbnas.compression.latency_pruning import Planner, Try
 from fbnas.compression.pruning import ChannelPruning, rank, without
 from fbnas.errors import InputError
 from fbnas.latency.table import OVERHEAD, LatencyTable
@@ -300,3 +301,11 @@ def test_on_digits_the_latency_is_met_and_accuracy_comes_back(trained: Trained) 
 def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         LatencyPruning(**settings)
+
+
+def test_a_plan_that_was_tried_is_told_in_words() -> None:
+    tried = Try(2, {"head.0": 112}, 0.06434, 0.06375, 0.6928, 0.0073)
+    assert str(tried) == (
+        "plan 2: predicted 0.06434 ms, measured 0.06375 ms, 0.69 of the network's own"
+    )
+    assert str(replace(tried, measured_ms=None)).startswith("plan 2: predicted 0.06434 ms, 0.69")
