@@ -68,9 +68,11 @@ class Architecture:
             InputError: another number of layers, or a block that its layer does not offer.
         """
         if len(self.blocks) != len(space.layers):
+            other = self.space not in ("", space.name)
+            way_out = f"space={self.space}, which it names" if other else "a block for each layer"
             raise InputError(
                 f"The architecture has {len(self.blocks)} blocks, space {space.name} has "
-                f"{len(space.layers)} layers: it belongs to space '{self.space or '?'}'."
+                f"{len(space.layers)} layers; expected {way_out}."
             )
         for layer, name in zip(space.layers, self.blocks, strict=True):
             if name not in space.blocks:

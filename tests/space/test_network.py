@@ -94,6 +94,8 @@ def test_damaged_network_files_are_refused_by_name(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("blocks: [k3_e1, k3_e1]\n", "has 2 blocks, space quickstart has 7 layers"),
+        ("space: quickstart\nblocks: [k3_e1]\n", "7 layers; expected a block for each layer"),
+        ("space: tiny\nblocks: [k3_e1]\n", "7 layers; expected space=tiny, which it names"),
         ("blocks: [k3_e1, k3_e1, k3_e1, k3_e1, k3_e1, k3_e1, k9]\n", "Unknown block in layer 6"),
         ("blocks: 3\n", "expected a list of block names"),
         ("blocks: [k3_e1\n", "line 2"),
