@@ -305,7 +305,7 @@ def print_steps(steps: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _written(value: float | None, form: str, scale: float = 1) -> str:
-    return "" if value is None else form.format(value * scale if scale != 1 else value)
+    return "" if value is None else form.format(value * scale)
 
 
 def _int8_file(
@@ -326,8 +326,8 @@ def _int8_file(
         target,
         data,
         trained=trained_form(folder, network, card),
+        known=known,
     )
-    fields["step"] = _int8_step(config, source, target, data, made=fields, known=known)
     print(f"test accuracy of the int8 file {fields.pop('accuracy')}")
     return fields
 
@@ -354,10 +354,11 @@ def _int8(
     data: Data,
     *,
     trained: TrainedForm | None = None,
+    known: Facts | None = None,
 ) -> dict[str, Any]:
     """Write model.onnx: int8 with the grids it was trained on, or calibrated where there are none.
 
-    Of the latter the float file where int8 does not pay at all.
+    Of the latter the float file where int8 does not pay at all. Returned with the rest is its step.
     """
     found: dict[str, Any] = {}
     device = device_of(config)
@@ -384,7 +385,9 @@ def _int8(
             f"fbnas export format={device.runtime} precision=int8 makes that runtime's own file"
         )
     accuracy = judge_file(target, data, data.test)
+    latencies_ms = _file_latencies(config, source, target, found)
     return {
+        "step": _int8_step(source, target, data, latencies_ms=latencies_ms, known=known),
         "model_bytes": size,
         "accuracy": accuracy,
         "accuracy_top1": accuracy.all,
@@ -394,23 +397,22 @@ def _int8(
 
 
 def _int8_step(
-    config: dict[str, Any],
     source: Path,
     target: Path,
     data: Data,
     *,
-    made: Mapping[str, Any],
-    known: Facts | None = None,
+    latencies_ms: tuple[float | None, float | None],
+    known: Facts | None,
 ) -> dict[str, Any]:
     """Return the step `int8` of result.json: the fp32 file before it, the int8 file after it.
 
     Accuracies, bytes and latencies are those of the files; the counts are those of the network.
 
     Args:
-        made: as `_int8` returns it.
+        latencies_ms: of both.
         known: of the network; None: counts stay None.
     """
-    before_ms, after_ms = _file_latencies(config, source, target, made)
+    before_ms, after_ms = latencies_ms
     counts = {name: known and getattr(known, name) for name in ("params", "macs", "nonzero")}
 
     def of(file: Path, latency_ms: float | None) -> dict[str, Any]:
@@ -466,12 +468,13 @@ def _quantize(config: dict[str, Any]) -> int:
         source = out.folder / "fp32.onnx"
         export_onnx(network, source, card=card)
     before = judge_file(source, data, data.test)
-    trained = None if card is None else trained_form(folder, network, card)
-    fields = _int8(config, source, out.folder / "model.onnx", data, trained=trained)
-    known = None
+    trained = known = None
     if card is not None:
+        trained = trained_form(folder, network, card)
         known = facts(network, Tools(card.input_shape, coder=coder_of(config)))
-    step = _int8_step(config, source, out.folder / "model.onnx", data, made=fields, known=known)
+    target = out.folder / "model.onnx"
+    fields = _int8(config, source, target, data, trained=trained, known=known)
+    step = fields.pop("step")
     print_steps([step])
     print(f"test accuracy {before} -> {fields.pop('accuracy')}")
     out.finish(

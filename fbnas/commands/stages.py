@@ -4,6 +4,7 @@ and accurate enough.
 Decisions look at validation images; the test images are read once all are made.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,22 +207,17 @@ def final_measurement(stages: Sequence[Stage], device: AnyDevice, *, seed: int) 
     """
     files = [stage.path for stage in stages]
     measurement = device.measure_quietly(files, "Timing all stages", seed=seed + 1)
+    fastest, least_ms = "", math.inf  # of those accepted so far
     for stage, timing in zip(stages, measurement.whole, strict=True):
-        stage.timing = timing
-    kept: list[tuple[float, Stage]] = []
-    for stage, timing in zip(stages, measurement.whole, strict=True):
-        if not stage.accepted:
-            continue
-        ms, fastest = min(kept, key=lambda one: one[0], default=(timing.latency_ms, stage))
-        if timing.latency_ms > ms * allowed_ratio(measurement.noise_floor):
+        stage.timing, ms = timing, timing.latency_ms
+        if stage.accepted and ms > least_ms * allowed_ratio(measurement.noise_floor):
             stage.accepted = False
             stage.reason = (
-                f"rejected: slower when all stages were timed together, "
-                f"{ms / timing.latency_ms:.2f} times as fast as {fastest.name} "
-                f"(noise {100 * measurement.noise_floor:.1f} %){stage.note}"
+                f"rejected: slower when all stages were timed together, {least_ms / ms:.2f} times "
+                f"as fast as {fastest} (noise {100 * measurement.noise_floor:.1f} %){stage.note}"
             )
-        else:
-            kept.append((timing.latency_ms, stage))
+        elif stage.accepted and ms < least_ms:
+            fastest, least_ms = stage.name, ms
     return measurement.noise_floor
 
 

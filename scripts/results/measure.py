@@ -46,7 +46,7 @@ from networks import FAMILIES
 from page import write_page
 from torch import nn
 
-from fbnas.commands.candidates import FINALISTS, SCREENING
+from fbnas.commands.candidates import ranked_by_shared_weights
 from fbnas.compression import calibration_images
 from fbnas.export import accuracy_of_file, export_file
 from fbnas.files import read_json, write_json
@@ -56,11 +56,8 @@ from fbnas.search import (
     Band,
     Learned,
     SearchSettings,
-    SharedWeightsJudge,
     draw_within,
     most_probable_within,
-    rank_by_shared_weights,
-    read_supernet,
 )
 from fbnas.search.logbook import read_result
 from fbnas.space import Architecture, NetworkCard, SearchSpace, build_network, count
@@ -343,9 +340,6 @@ def rank(study: Study) -> None:
 def first_by_shared_weights(study: Study, one: Learned, fraction: float, seed: int) -> Contender:
     """As `fbnas run` does, but in the band that all networks here are from."""
     theta, data = one.distribution, study.data
-    split = {"weights_fraction": SearchSettings().weights_fraction, "seed": seed}
-    device = torch.device(choose_device(study.options.torch_device))
-    supernet = read_supernet(study.work / f"search_{seed}", theta.space, data.classes)
     probable = Architecture(found_by(study, one, fraction).blocks, study.space.name)
     paths = draw_within(
         theta.probabilities(),
@@ -355,12 +349,22 @@ def first_by_shared_weights(study: Study, one: Learned, fraction: float, seed: i
         known=[tuple(probable.path(theta.space))],
     )
     every = [probable, *(Architecture.from_path(study.space, list(path)) for path in paths)]
-    screen = SharedWeightsJudge(supernet, data, **split, **SCREENING, device=device)
-    finalists = [found.architecture for found in screen(every)[:FINALISTS]]
-    first = rank_by_shared_weights(supernet, finalists, data, **split, device=device)[0]
-    blocks = first.architecture.blocks
-    print(f"seed {seed}, {fraction:g}: first of {len(every)}: {' '.join(blocks)}", flush=True)
-    return Contender(RANKED, f"ranked {fraction:g}", blocks, fraction=fraction)
+    first = ranked_by_shared_weights(
+        study.work / f"search_{seed}",
+        theta,
+        one.limits,
+        count=1,
+        candidates=TO_RANK,
+        candidates_from="theta",
+        best=every,
+        data=data,
+        weights_fraction=SearchSettings().weights_fraction,
+        seed=seed,
+        device=torch.device(choose_device(study.options.torch_device)),
+    )[0]
+    words = " ".join(first.blocks)
+    print(f"seed {seed}, {fraction:g}: first of {len(every)}: {words}", flush=True)
+    return Contender(RANKED, f"ranked {fraction:g}", first.blocks, fraction=fraction)
 
 
 def drawn(
