@@ -24,12 +24,17 @@ from tiny_run import SMALL, write_space, write_table
 from fbnas import __version__
 from fbnas.commands import main
 from fbnas.commands.composition import compose_single
+from fbnas.commands.folder import OutFolder
+from fbnas.commands.run import Chain, measured_table
 from fbnas.commands.stages import Judge, Stage, final_measurement
 from fbnas.export import read_metadata
+from fbnas.latency import calibration
+from fbnas.latency.agreement import agreement
 from fbnas.latency.devices import Device, Measurement
 from fbnas.latency.runtimes import runtime as runtime_file
 from fbnas.latency.table import LatencyTable
 from fbnas.latency.timing import Timing
+from fbnas.space import SearchSpace
 from fbnas.training.data import Data, load_data
 
 HERE = Path(__file__).parent
@@ -430,6 +435,23 @@ def test_a_stage_is_kept_if_it_is_no_slower_and_accurate_enough(
     judge.decide(after, best=before, trained=before)
     assert after.accepted is not words.startswith("rejected")
     assert words in after.reason
+
+
+def test_a_calibration_that_does_not_help_is_on_the_tables_record(
+    tmp_path: Path, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = agreement(np.array([1.0, 2.0, 3.0]), np.array([1.1, 2.0, 2.9]))
+    found = calibration.Calibration(1.0, 0.0, None, same, same, same, 0.01, 0.0, ())
+    assert not found.helps
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: found)
+    space = write_space(tmp_path)
+    given = [f"space={space}", f"table={write_table(tmp_path / 't.csv')}", "networks=4", *SMALL]
+    config = compose_single("run", [*given, f"out={tmp_path / 'r'}"])
+    chain = Chain(config, OutFolder(config), SearchSpace.load(space), digits, Device())
+    measured_table(chain)
+    header = LatencyTable.load(tmp_path / "r" / "table.csv").header
+    assert header["calibration"].startswith("no correction from")
+    assert "correction_scale" not in header
 
 
 @pytest.mark.parametrize(

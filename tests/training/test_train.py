@@ -290,3 +290,13 @@ def test_wrong_settings_are_refused(content: dict, words: str) -> None:
 def test_wrong_device_is_refused(digits: Data) -> None:
     with pytest.raises(InputError, match="device gpu cannot be used .*expected auto, cpu"):
         train(small_network(), digits, settings=replace(SETTINGS, device="gpu"))
+
+
+def test_judging_leaves_frozen_layers_frozen(digits: Data) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10)).train()
+    network[1].eval()
+    evaluate(network, digits.validation, mean=digits.mean, std=digits.std)
+    assert [module.training for module in network] == [True, False, True]
+    with pytest.raises(RuntimeError):
+        evaluate(nn.Sequential(*network, nn.Linear(3, 1)), digits.validation, mean=(0,), std=(1,))
+    assert [module.training for module in network] == [True, False, True]
