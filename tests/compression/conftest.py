@@ -25,7 +25,7 @@ def trained() -> Trained:
     architecture = Architecture(BLOCKS, "tiny")
     network = build_network(space, architecture, classes=data.classes)
     fit(network, data, epochs=8)
-    assert accuracy(network, data) > 0.93
+    assert accuracy(network, data) > 0.9
     return Trained(
         network, NetworkCard(space, architecture, data.class_names, data.mean, data.std), data
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from digits_network import Trained, accuracy
+from digits_network import Trained, fit
 from random_images import random_images
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from fbnas.compression.pruning import Ranked, rank
 from fbnas.compression.saliency import as_judged, gauss_newton_diagonal, hessian
 from fbnas.errors import InputError
 from fbnas.space.depthwise import DepthwiseConv2d
+from fbnas.training import evaluate
 from fbnas.training.data import batches
 from fbnas.training.task import CLASSIFICATION, Task
 
@@ -203,13 +204,18 @@ def test_channels_that_are_groups_and_flattened_maps_have_all_their_weights() ->
 def test_channels_that_the_loss_does_not_need_leave_first(
     trained: Trained, importance: str
 ) -> None:
-    def loss_without(which: str) -> float:
-        model = copy.deepcopy(trained.network)
-        method = ChannelPruning(ratio=0.25, importance=which, round_to=4)
-        compress_(model, method, input_shape=trained.card.input_shape, data=trained.data)
-        return accuracy(model, trained.data)
+    """Few channels of a network at rest: these are the terms of a small change."""
+    rested, data = copy.deepcopy(trained.network), trained.data
+    fit(rested, data, epochs=2, rate=0.005)
 
-    assert loss_without(importance) > loss_without("random") + 0.1
+    def loss_without(which: str, seed: int = 0) -> float:
+        model = copy.deepcopy(rested)
+        method = ChannelPruning(ratio=0.05, importance=which, round_to=1, seed=seed)
+        compress_(model, method, input_shape=trained.card.input_shape, data=data)
+        return evaluate(model, data.train, mean=data.mean, std=data.std)[0]
+
+    by_chance = [loss_without("random", seed) for seed in range(5)]
+    assert loss_without(importance) < sum(by_chance) / len(by_chance)
 
 
 @pytest.mark.parametrize("importance", ["taylor", "hessian"])
