@@ -24,7 +24,6 @@ from fbnas.commands.teachers import (
     UNCOMPRESSED,
     Sources,
     check_teacher,
-    refuse_for_heads,
     teacher_of,
 )
 from fbnas.commands.train import report_epoch
@@ -69,7 +68,6 @@ def main(config: dict[str, Any]) -> int:
     folder = network_folder(config["model"])
     network, card = load_any(folder)
     config = with_heads(config, card.heads, folder)
-    refuse_for_heads(config["compression"]["fine_tuning"]["teacher"], card.heads)
     data = data_of(config, card)
     before = judge_network(network, data, data.test)
     out = OutFolder(config)

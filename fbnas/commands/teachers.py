@@ -44,23 +44,9 @@ def teacher_of(given: Any, data: Data, sources: Sources) -> nn.Module | None:
     """
     if given is None:
         return None
-    refuse_for_heads(given, data.heads)
     if isinstance(given, list):
         return Ensemble([_one(str(name), data, sources) for name in given])
     return _one(str(given), data, sources)
-
-
-def refuse_for_heads(given: Any, heads: Heads) -> None:
-    """Refuse a teacher of several heads, whose soft labels are spread over all classes.
-
-    Raises:
-        InputError: there are both.
-    """
-    if given is not None and heads:
-        raise InputError(
-            f"teacher={given} and the heads {', '.join(heads)}; a teacher answers for one head: "
-            "expected none, or the heads trained one by one (fbnas train backbone=...)."
-        )
 
 
 def check_teacher(key: str, given: Any, *, words: tuple[str, ...]) -> None:
@@ -114,8 +100,26 @@ def _one(name: str, data: Data, sources: Sources) -> nn.Module:
     if (Path(name) / "theta.json").is_file():
         return largest_of(Path(name), data)
     network, card = load_network(network_folder(name))
-    check_class_names(data, card.class_names)
+    check_heads(name, card.heads, data.heads)
+    check_class_names(data, card.class_names, card.heads)
     return _shown_as_trained(network, card.mean, card.std, data)
+
+
+def check_heads(teacher: str, theirs: Heads, ours: Heads) -> None:
+    """Refuse a teacher of other heads: it answers other questions.
+
+    Raises:
+        InputError: what heads both have.
+    """
+    if list(theirs) != list(ours):
+        raise InputError(
+            f"teacher={teacher} has {_named(theirs)}, and the data has {_named(ours)}; expected a "
+            "teacher with the same heads."
+        )
+
+
+def _named(heads: Heads) -> str:
+    return f"the heads {', '.join(heads)}" if heads else "one head"
 
 
 def largest_of(folder: Path, data: Data) -> nn.Module:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fbnas.compression.equalisation import equalise_
 from fbnas.compression.fixed_point import FixedPoint
@@ -32,6 +34,7 @@ from fbnas.compression.packing import (
     unpack_,
     write_packed,
 )
+from fbnas.compression.paying import Measure
 from fbnas.compression.pruning import ChannelPruning, ChannelSet
 from fbnas.compression.qat import FORM_FILE, QAT, Rounded
 from fbnas.compression.quantization import (
@@ -46,11 +49,14 @@ from fbnas.compression.sparsity import LayerSparsity, Sparsity
 from fbnas.compression.ternary import Ternary, pack_ternary, unpack_ternary
 from fbnas.compression.weight_sharing import SharedLayer, WeightSharing, sharing_rate
 from fbnas.errors import InputError
+from fbnas.latency.lowering import write_onnx
 from fbnas.space.network import Count, count
 from fbnas.training.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
-    from fbnas.training.data import Data
+    from fbnas.training.data import Data, Images
+
+SCORED = 256  # images at once, by a file
 
 __all__ = [
     "FORM_FILE",
@@ -149,9 +155,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Step:
-    """A method, the network before and after it, and what was done to each part."""
+    """A method, the network before and after it, and what was done to each part.
 
-    method: Method
+    Of int8 after training `before` and `after` are of the two files, and what was done is its
+    QuantizationReport.
+    """
+
+    method: Method | StaticQuantization
     before: Facts
     after: Facts
     changes: tuple[Any, ...]
@@ -187,13 +197,14 @@ class CompressionReport:
 
 def compress_(
     model: nn.Module,
-    method: Method | Sequence[Method],
+    method: "Method | StaticQuantization | Sequence[Method | StaticQuantization]",
     *,
     input_shape: tuple[int, int, int] | None = None,
     train: Callable[..., Any] | None = None,
     train_anew: Callable[..., Any] | None = None,
     data: "Data | None" = None,
     measure: Callable[[Sequence[nn.Module]], list[float]] | None = None,
+    measure_files: Measure | None = None,
     folder: Path | str | None = None,
     seed: int = 0,
     coder: str = "huffman",
@@ -203,6 +214,11 @@ def compress_(
 
         compress_(network, ChannelPruning(ratio=0.25), train=tune)
         compress_(network, [Sparsity(), WeightSharing()], train=tune, data=data)
+        compress_(network, StaticQuantization(), data=data, folder="small")  # small/model.onnx
+
+    int8 after training is of a file, so that it is the last and needs `data` and `folder`, where it
+    writes fp32.onnx and model.onnx; the network stays as it is. Its step says what both files weigh
+    and answer, and model.onnx is the float one where int8 makes the device slower.
 
     Args:
         input_shape: (c, h, w) of one image; a network of `build_network` knows its own.
@@ -212,6 +228,8 @@ def compress_(
         data: as of `load_data`: training images calibrate, validation images judge.
         measure: latencies in milliseconds of networks on the device, timed against each other; one
             with an `input_shape` (c, h, w) is given an image of that.
+        measure_files: times ONNX files on the device against each other, such as
+            `Device().measure_quietly`; int8 asks it which layers are to stay in float.
         folder: for what a method leaves beside the network, such as a plot.
         seed: of everything that is drawn.
         coder: of `pack`, by which networks are weighed.
@@ -220,8 +238,10 @@ def compress_(
     Raises:
         InputError: no compression method, no input shape, or a method lacks what it needs.
     """
-    methods = [method] if not isinstance(method, Sequence) else list(method)
-    _check(methods)
+    given = [method] if not isinstance(method, Sequence) else list(method)
+    _check(given, folder, data)
+    methods = [each for each in given if isinstance(each, Method)]
+    last = given[-1] if isinstance(given[-1], StaticQuantization) else None
     input_shape = input_shape or getattr(model, "input_shape", None)
     if input_shape is None:
         raise InputError("compress_ got no input_shape; expected (channels, height, width).")
@@ -245,14 +265,58 @@ def compress_(
     if measure is not None:  # all against each other, not each at a time of its own
         latencies = measure([copy for copy in snapshots if copy is not None])
         found = [replace(x, latency_ms=ms) for x, ms in zip(found, latencies, strict=True)]
-    return CompressionReport(
-        tuple(
-            Step(each, before, after, done.changes, done.trained)
-            for each, before, after, done in zip(
-                methods, found[:-1], found[1:], applied, strict=True
-            )
-        )
+    steps = [
+        Step(each, before, after, done.changes, done.trained)
+        for each, before, after, done in zip(methods, found[:-1], found[1:], applied, strict=True)
+    ]
+    if last is not None:
+        steps.append(_int8_step(model, last, tools, found[-1], measure_files))
+    return CompressionReport(tuple(steps))
+
+
+def _int8_step(
+    model: nn.Module,
+    method: StaticQuantization,
+    tools: Tools,
+    known: Facts,
+    measure_files: Measure | None,
+) -> Step:
+    """Write the network's float and int8 files; the step is from the one to the other."""
+    data, folder = tools.images(), tools.folder
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = folder / "fp32.onnx", folder / "model.onnx"
+    write_onnx(model, tools.input_shape, source, batch=None)
+    scores = partial(_scores, data=data)
+    report = quantize_file(
+        source,
+        target,
+        data,
+        method,
+        scores=scores,
+        measure=measure_files,
+        seed=tools.seed,
+        task=tools.task,
     )
+    if not report.pays:
+        target.write_bytes(source.read_bytes())
+    timed, shown = report.latencies, data.validation
+
+    def weighed(path: Path, latency_ms: float | None) -> Facts:
+        size = path.stat().st_size
+        right = tools.task.metric(scores(path, shown), shown.labels)
+        accuracy = float(right.double().mean())
+        return replace(
+            known,
+            dense_bytes=size,
+            stored_bytes=size,
+            accuracy=accuracy,
+            latency_ms=latency_ms,
+        )
+
+    before = weighed(source, None if timed is None else timed.fp32_ms)
+    after = weighed(target, None if timed is None else timed.fastest_ms)
+    return Step(method, before, after, (report,))
 
 
 def facts(model: nn.Module, tools: Tools) -> Facts:
@@ -273,18 +337,30 @@ def _copy(model: nn.Module, tools: Tools) -> nn.Module | None:
     return deepcopy(model) if tools.measure is not None else None
 
 
-def _check(methods: Sequence[Any]) -> None:
+def _scores(path: Path, images: "Images", *, data: "Data") -> Tensor:
+    """What ONNX Runtime answers by a file, (n, classes)."""
+    from fbnas.latency.session import open_session, run
+    from fbnas.training.data import batches
+
+    session = open_session(path)
+    shown = batches(images, SCORED, mean=data.mean, std=data.std)
+    return torch.cat([run(session, inputs) for inputs, _ in shown])
+
+
+def _check(methods: Sequence[Any], folder: Any, data: Any) -> None:
     if not methods:
         raise InputError("compress_ got no method; expected one, or several in their order.")
-    for method in methods:
+    for place, method in enumerate(methods, start=1):
         if isinstance(method, StaticQuantization):
-            raise InputError(
-                "StaticQuantization compresses an exported file, not a module; expected "
-                "export_onnx(network, FILE), then quantize_file(FILE, OUT, data)."
-            )
-        if not isinstance(method, Method):
+            if place < len(methods) or folder is None or data is None:
+                raise InputError(
+                    "StaticQuantization compresses an exported file, not a module; expected it as "
+                    "the last method, with data= and folder=, where that file goes. Of a file that "
+                    "there is already: quantize_file(FILE, OUT, data)."
+                )
+        elif not isinstance(method, Method):
             known = ", ".join(known.__name__ for known in METHODS.values())
             raise InputError(
-                f"Unknown compression method {type(method).__name__}. Known: {known}; "
-                "StaticQuantization goes to quantize_file."
+                f"Unknown compression method {type(method).__name__}. Known: {known}, "
+                "StaticQuantization."
             )

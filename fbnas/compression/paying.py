@@ -61,6 +61,13 @@ class Latencies:
         limit = min(known.values()) * allowed_ratio(self.noise_floor)
         return next(name for name, ms in known.items() if ms <= limit)
 
+    @property
+    def fastest_ms(self) -> float:
+        """The latency of that."""
+        found = {"int8": self.int8_ms, "mixed": self.mixed_ms, "fp32": self.fp32_ms}[self.fastest]
+        assert found is not None
+        return found
+
 
 @dataclass(frozen=True)
 class ChainCosts:

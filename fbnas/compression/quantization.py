@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +50,9 @@ class StaticQuantization:
         sensitivity_images: validation images that tell it.
         pays: leave layers in float that int8 makes slower on the device.
     """
+
+    NAME: ClassVar[str] = "int8"
+    SECTION: ClassVar[str] = "quantization"
 
     per_channel: bool = True
     calibration_images: int = 256

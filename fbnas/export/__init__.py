@@ -6,7 +6,7 @@ from fbnas.export.files import check_suffix, export_file
 from fbnas.export.formats import FORMATS, Format, check_precision, format_of, runtime_of_format
 from fbnas.export.metadata import read_metadata, sidecar
 from fbnas.export.onnx import ExportReport, ParityError, export_int8_onnx, export_onnx
-from fbnas.export.session import input_size
+from fbnas.latency.session import input_size
 
 __all__ = [
     "FORMATS",

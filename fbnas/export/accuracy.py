@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fbnas.errors import InputError
-from fbnas.export.session import open_session, run
 from fbnas.latency.devices import Device
 from fbnas.latency.profiling import AnyDevice
+from fbnas.latency.session import open_session, run
 from fbnas.progress import progress
 from fbnas.training.heads import Accuracy, accuracy_by_head, task_of
 from fbnas.training.task import CLASSIFICATION, Task

@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 from fbnas import __version__
 from fbnas.errors import InputError
 from fbnas.export.ir import SECTION
-from fbnas.export.session import open_session
 from fbnas.files import atomic_write, read_json
+from fbnas.latency.session import open_session
 from fbnas.space.network import NetworkCard
 
 METADATA_PREFIX = "fbnas."

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fbnas.errors import InputError
 from fbnas.export.heads import divide_scores
 from fbnas.export.metadata import metadata_of
-from fbnas.export.session import open_session, run
 from fbnas.files import atomic_write
 from fbnas.latency import model_files
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.lowering import OPSET, write_onnx
 from fbnas.latency.qdq import write_int8_onnx
+from fbnas.latency.session import open_session, run
 from fbnas.space.heads import Heads, rows_of
 from fbnas.space.network import NetworkCard
 from fbnas.space.structure import rounds

@@ -8,7 +8,7 @@ import numpy as np
 
 from fbnas.errors import InputError
 from fbnas.export.metadata import read_metadata
-from fbnas.export.session import open_session, scores
+from fbnas.latency.session import open_session, scores
 from fbnas.space.heads import Heads, rows_of
 
 CELLS = 8  # a frame's change is that of the cell, of 8 x 8, that changes most

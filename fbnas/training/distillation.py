@@ -16,6 +16,8 @@ from fbnas.errors import InputError, check_known
 from fbnas.modes import modes_kept
 from fbnas.training.layout import memory_format
 
+EVERY_CLASS = (slice(None),)  # of one head
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -26,8 +28,10 @@ class Distillation:
 
     z: scores of teacher and student, both shown the same (augmented) images; T^2 keeps the
     gradients of soft labels as large as those of labels (Hinton et al. 2015, arXiv 1503.02531,
-    section 2). f: feature maps; r: a learned 1x1 convolution where their widths differ (Romero et
-    al. 2015, FitNets, arXiv 1412.6550, equation 3, here trained together with the rest).
+    section 2). With several heads it is the mean of theirs, each among its own classes: an image
+    teaches all heads, for the teacher answers it by all. f: feature maps; r: a learned 1x1
+    convolution where their widths differ (Romero et al. 2015, FitNets, arXiv 1412.6550, equation 3,
+    here trained together with the rest).
 
     Args:
         alpha: weight of the soft labels, 0 to 1.
@@ -82,9 +86,11 @@ class Ensemble(nn.Module):
             raise InputError("An ensemble of no networks; expected at least one.")
         self.members = nn.ModuleList(members)
 
-    def probabilities(self, images: Tensor, temperature: float = 1.0) -> Tensor:
+    def probabilities(
+        self, images: Tensor, temperature: float = 1.0, heads: Sequence[slice] = ()
+    ) -> Tensor:
         """Return mean_i softmax(z_i / T), (n, classes)."""
-        soft = [probabilities(member, images, temperature) for member in self.members]
+        soft = [probabilities(member, images, temperature, heads) for member in self.members]
         return torch.stack(soft).mean(0)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -92,23 +98,33 @@ class Ensemble(nn.Module):
         return self.probabilities(images).log()
 
 
-def probabilities(teacher: nn.Module, images: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return softmax(z / T) of a network, or the mean of those of an ensemble: (n, classes)."""
+def probabilities(
+    teacher: nn.Module, images: Tensor, temperature: float = 1.0, heads: Sequence[slice] = ()
+) -> Tensor:
+    """Return softmax(z / T) of a network, or the mean of those of an ensemble: (n, classes).
+
+    Args:
+        heads: where each head's classes lie, whose probabilities then add up to 1; none: one head.
+    """
     if isinstance(teacher, Ensemble):
-        return teacher.probabilities(images, temperature)
-    scores: Tensor = teacher(images).float()
-    return (scores / temperature).softmax(1)
+        return teacher.probabilities(images, temperature, heads)
+    scores: Tensor = teacher(images).float() / temperature
+    return torch.cat([scores[:, rows].softmax(1) for rows in heads or EVERY_CLASS], dim=1)
 
 
-def soft_label_loss(scores: Tensor, soft: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(soft || softmax(scores / T)), the mean over images.
+def soft_label_loss(
+    scores: Tensor, soft: Tensor, temperature: float, heads: Sequence[slice] = ()
+) -> Tensor:
+    """Return T^2 KL(soft || softmax(scores / T)), the mean over images, and over heads.
 
     Args:
         scores: (n, classes), the student's.
         soft: (n, classes), the teacher's probabilities at the same temperature.
+        heads: as of `probabilities`.
     """
-    student = (scores / temperature).log_softmax(1)
-    return temperature**2 * F.kl_div(student, soft, reduction="batchmean")
+    heads, scores = heads or EVERY_CLASS, scores / temperature
+    student = torch.cat([scores[:, rows].log_softmax(1) for rows in heads], dim=1)
+    return temperature**2 * F.kl_div(student, soft, reduction="batchmean") / len(heads)
 
 
 class Teaching:
@@ -119,6 +135,7 @@ class Teaching:
     Args:
         image: (1, c, h, w), like those that both are shown.
         classes: of the data.
+        heads: as of `probabilities`.
 
     Raises:
         InputError: the teacher takes no such images, has other classes, or lacks a layer.
@@ -131,8 +148,10 @@ class Teaching:
         how: Distillation,
         image: Tensor,
         classes: int,
+        *,
+        heads: Sequence[slice] = (),
     ) -> None:
-        self.how = how
+        self.how, self.heads = how, heads
         self.digest = _digest(teacher)
         self.teacher = deepcopy(teacher).requires_grad_(False).eval()
         self.teacher.to(image.device, memory_format=memory_format(image.device))  # type: ignore[call-overload]
@@ -165,8 +184,8 @@ class Teaching:
         """
         theirs: dict[str, Tensor] = {}
         with torch.no_grad(), _noted(self.teacher, [name for _, _, name, _ in self.pairs], theirs):
-            soft = probabilities(self.teacher, images, self.how.temperature)
-        softened = soft_label_loss(scores, soft, self.how.temperature)
+            soft = probabilities(self.teacher, images, self.how.temperature, self.heads)
+        softened = soft_label_loss(scores, soft, self.how.temperature, self.heads)
         loss = (1 - self.how.alpha) * labelled + self.how.alpha * softened
         if self.pairs:
             losses = [

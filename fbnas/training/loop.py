@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fbnas.errors import InputError
 from fbnas.progress import progress
+from fbnas.space.heads import rows_of
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, batches
 from fbnas.training.distillation import Distillation, Teaching
@@ -62,8 +63,8 @@ def train(
     uninterrupted run. `on_epoch` is called with each new row of metrics: epoch, loss, accuracy,
     validation_loss, validation_accuracy, lr, seconds, data_wait_seconds (of them, the steps' for
     images). `task`: the loss and the metric; labels are smoothed where it says how.
-    `teacher`: any network with the same classes, or an `Ensemble`, whose answers are learned beside
-    the labels as `settings.distillation` says; it stays as it is.
+    `teacher`: any network with the same classes and heads, or an `Ensemble`, whose answers are
+    learned beside the labels as `settings.distillation` says; it stays as it is.
 
     Raises:
         TrainingDiverged: the loss is not finite; the last good checkpoint is left as it was.
@@ -228,7 +229,7 @@ def _result(state: TrainingState) -> TrainingResult:
 def _teaching(
     teacher: nn.Module, network: nn.Module, data: Data, settings: TrainingSettings, task: Task
 ) -> Teaching:
-    if task is not CLASSIFICATION:
+    if task is not CLASSIFICATION and not data.heads:
         raise InputError(
             "A teacher's soft labels are of classes, and this task is another than classification; "
             "expected no teacher for it."
@@ -236,7 +237,8 @@ def _teaching(
     device = next(network.parameters()).device
     image = torch.zeros(1, data.channels, data.resolution, data.resolution, device=device)
     how = Distillation.from_dict(settings.distillation)
-    return Teaching(teacher, network, how, image, data.classes)
+    heads = list(rows_of(data.heads).values())
+    return Teaching(teacher, network, how, image, data.classes, heads=heads)
 
 
 def _optimizer(modules: Iterable[nn.Module], settings: TrainingSettings) -> torch.optim.SGD:

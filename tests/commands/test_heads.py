@@ -11,7 +11,7 @@ from tiny_run import write_space
 
 from fbnas.commands import main
 from fbnas.export import read_metadata
-from fbnas.export.session import open_session
+from fbnas.latency.session import open_session
 from fbnas.space import load_network
 from fbnas.training.data import load_data
 

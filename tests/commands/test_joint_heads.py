@@ -15,7 +15,7 @@ from tiny_run import write_space
 
 from fbnas.commands import main
 from fbnas.export import read_metadata
-from fbnas.export.session import open_session
+from fbnas.latency.session import open_session
 from fbnas.space import load_network
 from fbnas.training.data import load_data
 
@@ -127,6 +127,20 @@ def test_openvino_reads_such_a_file_too_and_writes_its_own_with_all_scores_side_
         assert accuracy == pytest.approx(found["onnx"]["accuracy_by_head"], abs=0.01)
 
 
+def test_a_teacher_teaches_all_heads(place: Path, tmp_path: Path) -> None:
+    """By soft labels alone: what the pruned network knows again, the whole one has told it."""
+    taught = ["compression.fine_tuning.teacher=uncompressed", "training.distillation.alpha=1"]
+    pruned = ["method=channel_pruning", "compression.pruning.ratio=0.5", "measure=false"]
+    for name, tuned in (("untuned", "lr=1e-9"), ("taught", "epochs=3")):
+        given = [f"model={place / 'joint'}", *pruned, *taught, f"compression.fine_tuning.{tuned}"]
+        assert main(["compress", *given, f"out={tmp_path / name}"]) == 0
+    before = result(tmp_path / "untuned")["accuracy_by_head"]
+    after = result(tmp_path / "taught")["accuracy_by_head"]
+    print(before, after)
+    assert after["digit"] > max(0.75, before["digit"] + 0.1)
+    assert after["parity"] >= before["parity"] - 0.05
+
+
 def test_quantization_aware_training_knows_the_heads(place: Path, tmp_path: Path) -> None:
     given = ["method=qat", "compression.fine_tuning.epochs=1", "measure=false"]
     assert main(["compress", f"model={place / 'joint'}", *given, f"out={tmp_path / 'qat'}"]) == 0
@@ -153,7 +167,14 @@ def test_quantization_aware_training_knows_the_heads(place: Path, tmp_path: Path
             ["train", "heads={a: digits, b: digits}", "data.limit=100"],
             "'data.limit=100' is of one data set and heads= gives one to each head",
         ),
-        (["train", "heads={a: digits, b: digits}", "teacher=joint"], "answers for one head"),
+        (
+            ["train", "heads={a: digits, b: digits}", "teacher=joint"],
+            "teacher=joint has the heads digit, parity, and the data has the heads a, b; expected",
+        ),
+        (
+            ["train", "teacher=joint"],
+            "teacher=joint has the heads digit, parity, and the data has one head; expected",
+        ),
         (
             ["compress", "model=joint", "heads={digit: digits, other: digits}"],
             "heads=digit, other, and joint has the heads digit, parity; expected",
@@ -163,10 +184,6 @@ def test_quantization_aware_training_knows_the_heads(place: Path, tmp_path: Path
             "the data of head digit has 2 classes (even, odd, ...), it was trained for 10",
         ),
         (["compress", "model=joint", "data.limit=100"], "joint has the heads digit, parity"),
-        (
-            ["compress", "model=joint", "compression.fine_tuning.teacher=uncompressed"],
-            "answers for one head",
-        ),
         (["export", "model=joint", "data=digits"], "data= is of one data set and joint has"),
         (["export", "heads={a: joint, b: joint}"], "heads.a=joint has heads of its own"),
         (["run", "heads={a: digits, b: digits}"], "no option 'heads'. It is one of fbnas compress"),

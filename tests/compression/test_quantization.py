@@ -1,19 +1,23 @@
 """int8 files: as good as fp32 within a stated tolerance, smaller, calibrated on training images."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from digits_network import Trained
+from digits_network import Trained, fit
 from torch import Tensor
 
 from fbnas.compression import ChannelPruning, StaticQuantization, compress_, quantize_file
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_onnx, read_metadata, scores_of_file
+from fbnas.latency.devices import Device, Measurement
+from fbnas.latency.timing import Timing
 from fbnas.training.data import Images
 
 TOLERANCE = 0.02  # top-1 lost to int8 on digits; measured: 0.000, with weights of 7 bits 0.0035
@@ -164,9 +168,95 @@ def test_pruned_network_quantizes(trained: Trained, tmp_path: Path) -> None:
     assert abs(pruned - int8) < 0.05
 
 
-def test_a_module_is_pointed_to_the_function_for_files(trained: Trained) -> None:
-    with pytest.raises(InputError, match=r"not a module; expected export_onnx.*quantize_file"):
-        compress_(trained.network, StaticQuantization(), input_shape=trained.card.input_shape)
+def test_it_is_the_last_method_of_compress_(trained: Trained, tmp_path: Path) -> None:
+    network, seen = copy.deepcopy(trained.network).train(), []
+
+    def measure(files: Sequence[Path]) -> Measurement:
+        seen.append([path.name for path in files])
+        return Device(precision="fp32").measure(files, rounds=4)
+
+    report = compress_(
+        network,
+        [ChannelPruning(ratio=0.25), StaticQuantization(max_accuracy_drop=0.01)],
+        train=lambda model: fit(model, trained.data, epochs=1),
+        data=trained.data,
+        folder=tmp_path / "small",
+        measure_files=measure,
+    )
+    pruned, int8 = report.steps
+    files = [tmp_path / "small" / name for name in ("fp32.onnx", "model.onnx")]
+    assert report.after is int8.after
+    assert [int8.before.dense_bytes, int8.after.dense_bytes] == [f.stat().st_size for f in files]
+    assert [int8.before.accuracy, int8.after.accuracy] == [
+        accuracy_of_file(f, trained.data.validation, mean=trained.data.mean, std=trained.data.std)
+        for f in files
+    ]
+    assert int8.before.accuracy == pytest.approx(pruned.after.accuracy, abs=0.004)
+    assert int8.after.accuracy >= int8.before.accuracy - 0.01
+    assert int8.after.params == pruned.after.params < pruned.before.params
+    (found,) = report.changes
+    assert found.latencies.fastest_ms == int8.after.latency_ms
+    assert found.latencies.fp32_ms == int8.before.latency_ms
+    assert seen
+
+
+def test_without_a_device_all_is_int8_and_the_network_stays(
+    trained: Trained, tmp_path: Path
+) -> None:
+    network = copy.deepcopy(trained.network)
+    kept = {name: value.clone() for name, value in network.state_dict().items()}
+    report = compress_(network, StaticQuantization(), data=trained.data, folder=tmp_path)
+    quantize_file(tmp_path / "fp32.onnx", tmp_path / "again.onnx", trained.data)
+    assert (tmp_path / "model.onnx").read_bytes() == (tmp_path / "again.onnx").read_bytes()
+    assert report.changes[0].float_layers == ()
+    assert report.after.dense_bytes < 0.7 * report.before.dense_bytes
+    assert report.after.latency_ms is None
+    assert all(torch.equal(value, kept[name]) for name, value in network.state_dict().items())
+
+
+def test_a_file_that_does_not_pay_is_the_float_one(trained: Trained, tmp_path: Path) -> None:
+    def slow(files: Sequence[Path]) -> Measurement:
+        """A float file takes 1 ms, and every layer in int8 one more."""
+        graphs = [onnx.load(path).graph for path in files]
+        makers = [{x: n.op_type for n in g.node for x in n.output} for g in graphs]
+        times = [
+            1.0
+            + sum(
+                n.op_type in ("Conv", "Gemm") and makers[i].get(n.input[1]) == "DequantizeLinear"
+                for n in g.node
+            )
+            for i, g in enumerate(graphs)
+        ]
+        timings = tuple(Timing(ms, ms, ms, 4) for ms in times)
+        return Measurement(timings, 0.0, np.array([times]))
+
+    report = compress_(
+        copy.deepcopy(trained.network),
+        StaticQuantization(calibration_images=8),
+        data=trained.data,
+        folder=tmp_path,
+        measure_files=slow,
+    )
+    assert (tmp_path / "model.onnx").read_bytes() == (tmp_path / "fp32.onnx").read_bytes()
+    assert report.after == report.before
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"method": [StaticQuantization(), ChannelPruning()]},
+        {"folder": None},
+        {"data": None},
+    ],
+    ids=["not the last", "no folder", "no data"],
+)
+def test_what_int8_of_a_module_lacks_is_said(
+    trained: Trained, tmp_path: Path, lacking: dict
+) -> None:
+    given = {"method": StaticQuantization(), "folder": tmp_path, "data": trained.data} | lacking
+    with pytest.raises(InputError, match=r"the last method, with data= and folder=.*quantize_file"):
+        compress_(trained.network, given.pop("method"), **given)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

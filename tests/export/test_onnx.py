@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fbnas import __version__
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_onnx, read_metadata
-from fbnas.export.session import open_session, run
+from fbnas.latency.session import open_session, run
 from fbnas.space import Architecture, NetworkCard, SearchSpace, Stage, Stem, build_network
 from fbnas.training.data import TensorImages, batches
 

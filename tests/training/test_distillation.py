@@ -67,6 +67,23 @@ def test_the_loss_of_soft_labels_is_that_of_the_paper() -> None:
     assert soft_label_loss(torch.from_numpy(ours), soft, 3.0).item() == pytest.approx(expected)
 
 
+def test_with_heads_each_is_a_distribution_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(2)
+    ours, theirs = (torch.randn(5, 7, generator=generator) for _ in range(2))
+    heads = [slice(0, 4), slice(4, 7)]
+    soft = probabilities(nn.Identity(), theirs, 3.0, heads)
+    both = Ensemble([nn.Identity(), nn.Identity()]).probabilities(theirs, 3.0, heads)
+    torch.testing.assert_close(both, soft)
+    expected = np.mean(
+        [
+            float(soft_label_loss(ours[:, rows], (theirs[:, rows] / 3).softmax(1), 3.0))
+            for rows in heads
+        ]
+    )
+    assert float(soft_label_loss(ours, soft, 3.0, heads)) == pytest.approx(expected, rel=1e-5)
+    assert soft[:, :4].sum(1).numpy() == pytest.approx(1, abs=1e-6)
+
+
 def test_at_high_temperatures_scores_are_matched() -> None:
     """Hinton et al., equation 4: the gradient is (z - v) / N, of scores whose means are 0."""
     generator = torch.Generator().manual_seed(0)
