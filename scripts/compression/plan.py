@@ -46,7 +46,8 @@ def trials(work: str, seed: int, epochs: int) -> list[Trial]:
     """
     found = [Trial((), "", kind="none"), Trial((), "but fine-tuned", kind="control")]
     found += [*_pruned(work, seed), *_zeroed(work, seed, epochs)]
-    found += [*_few_values(), *_int8(), *_orders(), *_stacks(work, seed), default_trial()]
+    found += [*_few_values(), *_int8(), *_taught(), *_orders(), *_stacks(work, seed)]
+    found.append(default_trial())
     assert {name for trial in found for name in trial.methods} == {*METHODS, "int8"}
     return found
 
@@ -126,6 +127,26 @@ def _int8() -> list[Trial]:
         Trial(("int8",), "symmetric", (*INT8_PLAIN,
                                        "compression.quantization.activations=symmetric")),
         Trial(("int8",), "mixed", timed=True),
+    ]  # fmt: skip
+
+
+def _taught() -> list[Trial]:
+    """Distillation: what channel pruning leaves, fine-tuned by the network before it too."""
+    teacher = (
+        "compression.fine_tuning.teacher=uncompressed",
+        f"compression.pruning.ratio={RATIOS[1]}",
+    )
+    lessons = {
+        "half": ("training.distillation.alpha=0.5",),
+        "alone": ("training.distillation.alpha=1.0",),
+        "half and maps": (
+            "training.distillation.alpha=0.5",
+            "training.distillation.feature_weight=1.0",
+        ),
+    }
+    return [
+        Trial(("channel_pruning",), f"{RATIOS[1]:g} taught {name}", (*teacher, *options))
+        for name, options in lessons.items()
     ]  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_on_digits_the_floor_holds_and_the_network_is_smaller(trained: Trained) 
         model,
         method,
         input_shape=trained.card.input_shape,
-        train=lambda pruned: fit(pruned, trained.data, epochs=2, rate=0.02),
+        train=lambda pruned: fit(pruned, trained.data, epochs=4, rate=0.02),
         data=trained.data,
     )
     assert accuracy(model, trained.data) >= accuracy(trained.network, trained.data) - 0.02 - 1e-9
