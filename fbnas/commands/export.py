@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.heads import data_of_heads, joined
+from fbnas.commands.int8 import float_layers_of
 from fbnas.commands.parts import data_of, network_folder, with_heads
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
@@ -137,6 +138,7 @@ def main(config: dict[str, Any]) -> int:
         data,
         images=None if data is None else parity_images(data, card, config["seed"]),
         calibration=[] if data is None else calibration_images(data, seed=config["seed"]),
+        float_layers=float_layers(config),
     )
     found = [job.made(each, precision) for each, precision in wanted]
     _write_examples(found, card, out.folder)
@@ -191,6 +193,12 @@ def files_of(config: dict[str, Any]) -> list[tuple[Format, str]]:
         if not everything or precision not in PRECISIONS:
             check_precision(each, precision)
     return list(dict.fromkeys(wanted))
+
+
+def float_layers(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the layers that `fbnas compress` or `run` left in float where int8 loses by it."""
+    wanted = config["model"] is not None and config["float_layers"]
+    return float_layers_of(Path(config["model"])) if wanted else ()
 
 
 def _listed(given: Any) -> list[str]:
@@ -248,6 +256,7 @@ class Job:
     source: folder of the network, None of one that was joined from several; folder: of the files.
     images: (n, c, h, w) float, normalised, of the validation images; None where no data is given.
     calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges; of training images.
+    float_layers: of int8 ONNX files.
     """
 
     config: dict[str, Any]
@@ -259,6 +268,7 @@ class Job:
     data: Data | None
     images: Tensor | None
     calibration: Sequence[np.ndarray]
+    float_layers: tuple[str, ...] = ()
 
     @property
     def alone(self) -> bool:
@@ -297,6 +307,11 @@ class Job:
         files = " and ".join(map(str, parts(report.path)))
         print(f"{files}: {report.bytes:,} bytes, {precision} for {each.runtime}, {batch}")
         print(_parity(report, each.runtime, self.images))
+        if self.float_layers and (each.suffix, precision) == (".onnx", "int8"):
+            print(
+                f"{len(self.float_layers)} layers of it compute in float, as in the int8 file of "
+                f"{self.config['model']} (float_layers=false for none)"
+            )
         return replace(found, device=device, report=report)
 
     def _exported(self, path: Path, device: Device, precision: str) -> ExportReport:
@@ -316,6 +331,7 @@ class Job:
             precision=precision,
             opset=self.config["opset"],
             least_agreement=self.config["agreement"],
+            float_layers=self.float_layers,
         )
 
     def _form(self, device: Device) -> QuantizedForm | None:

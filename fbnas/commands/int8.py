@@ -78,6 +78,18 @@ def quantized(
     return found
 
 
+def float_layers_of(folder: Path) -> tuple[str, ...]:
+    """Return the layers that the int8 file of a folder leaves in float, none where there is none.
+
+    They are named as in the fp32 ONNX file; the folder is that of `fbnas compress` or of a run.
+    """
+    for place in (folder / RECORD, folder / "models" / RECORD):
+        if place.is_file():
+            found = read_json(place)
+            return (*found["float_for_accuracy"], *found["float_for_speed"])
+    return ()
+
+
 def reads_onnx(device: AnyDevice) -> bool:
     """Whether ONNX files can be timed there: not by other runtimes, nor on a planned device."""
     return device.kind != "roofline" and device.suffix == ".onnx"

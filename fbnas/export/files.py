@@ -3,7 +3,7 @@
 import copy
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ def export_file(
     precision: str | None = None,
     opset: int = OPSET,
     least_agreement: float | None = None,
+    float_layers: Collection[str] = (),
 ) -> ExportReport:
     """Write a network as the device's runtime executes it, in the format of `path`'s suffix.
 
@@ -68,6 +69,7 @@ def export_file(
         precision: fp32, fp16 or int8; the device's where not given.
         opset: version of ONNX's operators, 13 to 20.
         least_agreement: 0 to 1, of int8 files.
+        float_layers: names of layers of the fp32 ONNX file that compute in float in the int8 one.
 
     Raises:
         InputError: int8 without calibration or form, a form of another network, for another
@@ -102,6 +104,7 @@ def export_file(
                 shown=shown,
                 form=form,
                 opset=opset,
+                float_layers=float_layers if path.suffix == ".onnx" else (),
             )
         else:
             assert isinstance(device, Device)
@@ -131,6 +134,7 @@ def _write_through_onnx(
     shown: Sequence[np.ndarray],
     form: QuantizedForm | None,
     opset: int,
+    float_layers: Collection[str],
 ) -> None:
     """Write the fp32 ONNX file, and from it another precision, OpenVINO's IR, or both.
 
@@ -144,7 +148,7 @@ def _write_through_onnx(
         else:
             export_onnx(network, source, card=written, images=images, opset=opset)
             if precision == "int8":
-                quantize_onnx(source, source, shown)
+                quantize_onnx(source, source, shown, float_layers=float_layers)
         if path.suffix == ".xml":
             write_ir(source, path, _named(card), halve=precision == "fp16")
         elif precision == "fp16":

@@ -247,6 +247,7 @@ def quantize_onnx(
     calibration: Iterable[np.ndarray],
     *,
     scheme: Scheme | None = None,
+    float_layers: Collection[str] = (),
 ) -> None:
     """Write the static int8 (QDQ) form of an ONNX file.
 
@@ -254,6 +255,7 @@ def quantize_onnx(
         calibration: arrays (n, c, h, w) float32 of model input, from which the ranges of
             activations are read.
         scheme: how; the default one where not given.
+        float_layers: as of `quantize_graph`.
 
     Raises:
         ValueError: `calibration` is empty.
@@ -265,7 +267,8 @@ def quantize_onnx(
     ranges = activation_ranges(
         model, calibration, ranges=scheme.ranges, percentile=scheme.percentile
     )
-    atomic_write(path, quantize_graph(model, ranges, scheme).SerializeToString())
+    graph = quantize_graph(model, ranges, scheme, float_layers=float_layers)
+    atomic_write(path, graph.SerializeToString())
 
 
 def quantize_graph(

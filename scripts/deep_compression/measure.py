@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "lenet_5": {
         "train": {"epochs": 6, "lr": 0.05, "ema": 0.99},
-        "prune": {"epochs": 2, "lr": 0.02, "ema": 0.99},
+        "prune": {"epochs": 5, "lr": 0.05, "ema": 0.99, "weight_decay": 5e-4},  # Caffe's decay
         "share": {"epochs": 1, "lr": 0.0001, "ema": 0.99},
         "steps": 3,
     },

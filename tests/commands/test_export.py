@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -187,6 +188,34 @@ def test_int8_of_a_network_that_was_trained_for_it_is_made_where_its_grids_fit(
         assert files[name]["left_out"].startswith(needs)
         assert f"left out: {name}, int8: {files[name]['left_out']}" in shown
     assert len(files) == len(FORMATS)
+
+
+@pytest.mark.parametrize("place", ["", "models"], ids=["compress", "run"])
+def test_layers_that_were_left_in_float_stay_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """As `fbnas compress` and `run` record them."""
+    folder = tmp_path / "network"
+    shutil.copytree(trained, folder)
+    left = ["/stem/stem.0/Conv", "/classifier/linear/Gemm"]
+    record = {"float_for_accuracy": left[:1], "float_for_speed": left[1:]}
+    (folder / place).mkdir(exist_ok=True)
+    (folder / place / "int8.layers.json").write_text(json.dumps(record))
+    given = [f"model={folder}", "data=digits", "precision=int8", "measure=false"]
+    assert main(["export", *given, f"out={tmp_path / 'mixed'}"]) == 0
+    assert "2 layers of it compute in float" in capsys.readouterr().out
+    assert main(["export", *given, "float_layers=false", f"out={tmp_path / 'all'}"]) == 0
+    assert "in float" not in capsys.readouterr().out
+    assert in_float(tmp_path / "all" / "model.onnx") == set()
+    assert in_float(tmp_path / "mixed" / "model.onnx") == set(left)
+
+
+def in_float(path: Path) -> set[str]:
+    """The names of the layers whose weights are not dequantized."""
+    graph = onnx.load(path).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    return {x.name for x in layers if makers.get(x.input[1]) != "DequantizeLinear"}
 
 
 def test_an_ir_has_the_grids_that_were_trained(rounded: Path, tmp_path: Path, digits: Data) -> None:
