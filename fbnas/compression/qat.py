@@ -14,7 +14,7 @@ from fbnas.compression.folding import fold_bn_
 from fbnas.compression.holding import weighted
 from fbnas.compression.method import Applied, Method, Tools
 from fbnas.compression.quantization import StaticQuantization, calibration_images
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError
 from fbnas.latency.fake_quantization import (
     BITS,
     Points,
@@ -24,6 +24,7 @@ from fbnas.latency.fake_quantization import (
     rounding_activations,
     rounding_weights,
 )
+from fbnas.latency.ranges import PERCENTILE
 from fbnas.training.task import Task
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RANGES = ("minmax", "percentile")
 FORM_FILE = "quantization.json"  # beside network.yaml
 
 
@@ -52,8 +52,11 @@ class QAT(Method):
             saturate at 16 bits.
         per_channel: one weight scale per output channel instead of one per tensor.
         calibration_images: how many training images are shown, in a seeded random choice.
-        ranges: minmax, or percentile, which cuts outliers off.
+        ranges: minmax; percentile, which cuts outliers off; entropy, which cuts off where the
+            distribution changes least.
         percentile: of the values that its range encloses.
+        activations: asymmetric or symmetric, as `Scheme` says; ranges that follow the activations
+            are widened likewise.
         batch_size: calibration images per run.
         momentum: with which ranges follow the activations while training; 0 leaves them. Those of
             the average of the weights, which is what is kept, follow at each validation alone.
@@ -68,7 +71,8 @@ class QAT(Method):
     per_channel: bool = True
     calibration_images: int = 256
     ranges: str = "minmax"
-    percentile: float = 99.999
+    percentile: float = PERCENTILE
+    activations: str = "asymmetric"
     batch_size: int = 32
     momentum: float = 0.01
     lr: float | None = None
@@ -87,14 +91,7 @@ class QAT(Method):
             raise InputError(
                 f"lr is {self.lr}; expected a positive number, or null for train's own."
             )
-        if self.ranges not in RANGES:
-            raise unknown("calibration ranges", self.ranges, RANGES)
-        if not 50 < self.percentile <= 100:
-            raise InputError(
-                f"percentile is {self.percentile:g}; expected above 50, to 100 at most: the part "
-                "of the values that a range encloses."
-            )
-        self._shown()
+        self._as_untrained()
 
     def apply_(self, model: nn.Module, tools: Tools) -> Applied:
         """Fold, calibrate, train; leave plain weights on their grids and return the ranges."""
@@ -110,7 +107,12 @@ class QAT(Method):
         points = quantized_points(model, tools.input_shape)
         with rounding_weights(model, self.weight_bits, per_channel=self.per_channel, kept=kept):
             form = self._calibrated(model, points, data, tools.seed)
-            with rounding_activations(model, form, momentum=self.momentum) as present:
+            with rounding_activations(
+                model,
+                form,
+                momentum=self.momentum,
+                symmetrically=self.activations == "symmetric",
+            ) as present:
                 untrained, before = _state(model), _judged(model, data, tools.task)
                 trained = _tune_(model, self._trained_by(tools.train))
                 form, after = present(), _judged(model, data, tools.task)
@@ -124,19 +126,24 @@ class QAT(Method):
     def _calibrated(
         self, model: nn.Module, points: Points, data: "Data", seed: int
     ) -> QuantizedForm:
-        shown = calibration_images(data, self._shown(), seed=seed)
-        images = (torch.from_numpy(batch) for batch in shown)
-        percentile = self.percentile if self.ranges == "percentile" else None
-        inputs, outputs = observed_ranges(model, points, images, percentile=percentile)
+        shown = calibration_images(data, self._as_untrained(), seed=seed)
+        inputs, outputs = observed_ranges(
+            model, points, shown, ranges=self.ranges, percentile=self.percentile
+        )
         return QuantizedForm(self.weight_bits, self.per_channel, inputs, outputs)
 
     def _trained_by(self, train: Callable[..., Any]) -> Callable[..., Any]:
         return train if self.lr is None else partial(train, lr=self.lr)
 
-    def _shown(self) -> StaticQuantization:
-        """The choice of calibration images, checked."""
+    def _as_untrained(self) -> StaticQuantization:
+        """What it has in common with int8 after training, checked."""
         return StaticQuantization(
-            calibration_images=self.calibration_images, batch_size=self.batch_size
+            per_channel=self.per_channel,
+            calibration_images=self.calibration_images,
+            ranges=self.ranges,
+            percentile=self.percentile,
+            activations=self.activations,
+            batch_size=self.batch_size,
         )
 
 

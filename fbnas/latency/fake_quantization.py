@@ -8,24 +8,25 @@ where an activation leaves its range (Bengio et al. 2013, arXiv 1308.3432; Jacob
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fbnas.errors import InputError
 from fbnas.files import read_json, write_json
+from fbnas.latency.ranges import PERCENTILE, Range, symmetric, watched_ranges
 from fbnas.modes import modes_kept
 from fbnas.space.blocks import ChannelShuffle
 
 LEVELS = 255  # of an activation's grid, less one
 BITS = range(2, 9)  # of weights
-Range = tuple[float, float]
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.Hardswish)
 LAYOUT = (  # they move values, which stay on their grid
@@ -219,71 +220,64 @@ def _origin(tensor: Tensor, moved: dict[int, int]) -> int:
 def observed_ranges(
     model: nn.Module,
     points: Points,
-    batches: Iterable[Tensor],
+    batches: Sequence[np.ndarray],
     *,
-    percentile: float | None = None,
+    ranges: str = "minmax",
+    percentile: float = PERCENTILE,
 ) -> tuple[dict[str, Range], dict[str, Range]]:
     """Return the ranges of inputs and outputs over batches of images (n, c, h, w), in eval mode.
 
     Args:
-        percentile: the lowest and highest value of a batch are its (100 - percentile) and its
-            percentile, averaged over batches; None: of all values of all batches.
+        ranges, percentile: as of `watched_ranges`.
     """
-    seen: dict[tuple[str, str], list[Tensor]] = {}
+    device, noted = next(model.parameters()).device, dict[tuple[str, str], np.ndarray]()
 
     def note(kind: str, name: str, values: Tensor) -> None:
-        seen.setdefault((kind, name), []).append(_ends(values.detach().float(), percentile))
+        noted[kind, name] = values.detach().float().cpu().clone().numpy()  # else changed in place
+
+    def watch(images: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+        noted.clear()
+        model(torch.from_numpy(images).to(device))
+        return dict(noted)
 
     modules, hooks = dict(model.named_modules()), []
     for name in points.inputs:
         hooks.append(
             modules[name].register_forward_pre_hook(
-                lambda _, args, name=name: note("input", name, args[0])
+                lambda _, args, name=name: note(_INPUT, name, args[0])
             )
         )
     for name in points.outputs:
         hooks.append(
             modules[name].register_forward_hook(
-                lambda _, __, output, name=name: note("output", name, output)
+                lambda _, __, output, name=name: note(_OUTPUT, name, output)
             )
         )
     try:
         with modes_kept(model):
             model.eval()
-            for images in batches:
-                model(images)
+            found = watched_ranges(watch, batches, ranges=ranges, percentile=percentile)
     finally:
         for hook in hooks:
             hook.remove()
-    found: tuple[dict[str, Range], dict[str, Range]] = ({}, {})
-    for (kind, name), ends in seen.items():
-        lows, highs = torch.stack(ends).unbind(1)
-        low, high = (lows.min(), highs.max()) if percentile is None else (lows.mean(), highs.mean())
-        found[kind == "output"][name] = (float(low), float(high))
-    return found
-
-
-def _ends(values: Tensor, percentile: float | None) -> Tensor:
-    if percentile is None:
-        return torch.stack(values.aminmax())
-    ordered, last = values.flatten().sort().values, values.numel() - 1
-    place = round(last * percentile / 100)
-    return torch.stack([ordered[last - place], ordered[place]])
+    inputs = {name: ends for (kind, name), ends in found.items() if kind == _INPUT}
+    return inputs, {name: ends for (kind, name), ends in found.items() if kind == _OUTPUT}
 
 
 @contextmanager
 def rounding_activations(
-    model: nn.Module, form: QuantizedForm, *, momentum: float = 0.0
+    model: nn.Module, form: QuantizedForm, *, momentum: float = 0.0, symmetrically: bool = False
 ) -> Iterator[Callable[[], QuantizedForm]]:
-    """Round activations in place while the block runs; yields what tells the present ranges.
+    """Round activations in place while the block runs; yields what tells the present grids' ranges.
 
     Ranges are buffers (2,) of the modules, so that they travel with copies and checkpoints.
 
     Args:
         momentum: of ranges that follow what passes in training mode, range <- (1 - momentum) *
             range + momentum * (lowest, highest) of the batch; 0: they stay.
+        symmetrically: grids are those of the ranges widened by `symmetric`.
     """
-    with _attached(model, form, momentum) as attached:
+    with _attached(model, form, momentum, symmetrically) as attached:
         yield lambda: QuantizedForm(
             form.weight_bits,
             form.per_channel,
@@ -312,7 +306,7 @@ def as_deployed(network: nn.Module, form: QuantizedForm) -> nn.Module:
                 module.weight.copy_(
                     rounded_weight(module.weight, form.weight_bits, per_channel=form.per_channel)
                 )
-    _attach(network, form, 0.0)
+    _attach(network, form)
     return network
 
 
@@ -359,8 +353,10 @@ _Attached = Sequence[tuple[str, str, nn.Module]]
 
 
 @contextmanager
-def _attached(model: nn.Module, form: QuantizedForm, momentum: float) -> Iterator[_Attached]:
-    attached, hooks = _attach(model, form, momentum)
+def _attached(
+    model: nn.Module, form: QuantizedForm, momentum: float, symmetrically: bool
+) -> Iterator[_Attached]:
+    attached, hooks = _attach(model, form, momentum, symmetrically)
     try:
         yield attached
     finally:
@@ -368,11 +364,14 @@ def _attached(model: nn.Module, form: QuantizedForm, momentum: float) -> Iterato
             hook.remove()
         for kind, _, module in attached:
             delattr(module, _buffer(kind))
-            if hasattr(module, _MOMENTUM):
-                delattr(module, _MOMENTUM)
+            for how in (_MOMENTUM, _SYMMETRIC):
+                if hasattr(module, how):
+                    delattr(module, how)
 
 
-def _attach(model: nn.Module, form: QuantizedForm, momentum: float) -> tuple[_Attached, list[Any]]:
+def _attach(
+    model: nn.Module, form: QuantizedForm, momentum: float = 0.0, symmetrically: bool = False
+) -> tuple[_Attached, list[Any]]:
     modules, device = dict(model.named_modules()), next(model.parameters()).device
     attached: list[tuple[str, str, nn.Module]] = []
     hooks: list[Any] = []
@@ -381,6 +380,7 @@ def _attach(model: nn.Module, form: QuantizedForm, momentum: float) -> tuple[_At
             module = modules[name]
             module.register_buffer(_buffer(kind), torch.tensor(ends, device=device))
             setattr(module, _MOMENTUM, momentum)
+            setattr(module, _SYMMETRIC, symmetrically)
             attached.append((kind, name, module))
             hooks.append(
                 module.register_forward_pre_hook(_round_input)
@@ -390,7 +390,7 @@ def _attach(model: nn.Module, form: QuantizedForm, momentum: float) -> tuple[_At
     return attached, hooks
 
 
-_MOMENTUM = "range_momentum"
+_MOMENTUM, _SYMMETRIC = "range_momentum", "range_symmetric"
 
 
 def _buffer(kind: str) -> str:
@@ -399,7 +399,7 @@ def _buffer(kind: str) -> str:
 
 def _read(module: nn.Module, kind: str) -> Range:
     low, high = getattr(module, _buffer(kind)).tolist()
-    return low, high
+    return symmetric(low, high) if getattr(module, _SYMMETRIC) else (low, high)
 
 
 # Functions of the module that they are called with, not of one that they know: a copy of the
@@ -417,4 +417,10 @@ def _followed(module: nn.Module, values: Tensor, kind: str) -> Tensor:
     if module.training and momentum:
         with torch.no_grad():
             ends.lerp_(torch.stack(values.detach().float().aminmax()), momentum)
-    return rounded_activation(values, ends)
+    return rounded_activation(values, _widened(ends) if getattr(module, _SYMMETRIC) else ends)
+
+
+def _widened(ends: Tensor) -> Tensor:
+    """As `symmetric`, of a range (2,), without waiting for the device."""
+    reach = ends.abs().max()
+    return torch.stack([torch.where(ends[0] >= 0, 0 * reach, -reach * 128 / 127), reach])

@@ -20,7 +20,7 @@ from torch import nn
 
 from fbnas.errors import InputError, check_known
 from fbnas.files import atomic_write
-from fbnas.latency.ranges import CALIBRATION_RANGES, PERCENTILE, activation_ranges
+from fbnas.latency.ranges import CALIBRATION_RANGES, PERCENTILE, activation_ranges, symmetric
 
 if TYPE_CHECKING:
     import onnx
@@ -292,7 +292,7 @@ def quantize_graph(
     left_out = [*float_layers, *_between_float(model.graph, frozenset(float_layers))]
     found = {
         name: tuple(
-            map(np.float32, _symmetric(*seen) if scheme.activations == "symmetric" else seen)
+            map(np.float32, symmetric(*seen) if scheme.activations == "symmetric" else seen)
         )
         for name, seen in ranges.items()
     }
@@ -325,16 +325,6 @@ def layer_names(graph: "onnx.GraphProto") -> tuple[str, ...]:
         for node in graph.node
         if node.op_type in LAYERS and any(name in weights for name in node.input[1:2])
     )
-
-
-def _symmetric(low: float, high: float) -> tuple[float, float]:
-    """Widen a range until its zero point is 128, or 0 where nothing is negative.
-
-    256 levels have no middle: of -reach to reach, the zero point would be 127.5, which a float
-    rounds to 127 or 128 by chance.
-    """
-    reach = max(abs(low), abs(high))
-    return (0.0 if low >= 0 else -reach * 128 / 127, reach)
 
 
 def _between_float(graph: "onnx.GraphProto", float_layers: frozenset[str]) -> list[str]:

@@ -5,8 +5,8 @@ whole range (1.31); its histograms keep every activation in memory. Here images 
 for the extremes and once for the counts.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,8 @@ SMOOTH = 1e-4  # of a distribution, as in MXNet's and ONNX Runtime's calibration
 STRIDE = 8  # bins between two thresholds that are compared
 
 Range = tuple[float, float]
-Watch = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+Key = TypeVar("Key", bound=Hashable)
+Watch = Callable[[np.ndarray], Mapping[Key, np.ndarray]]
 
 
 def activation_ranges(
@@ -35,23 +36,36 @@ def activation_ranges(
 ) -> dict[str, Range]:
     """Return (lowest, highest) of every float tensor between operations, the input included.
 
+    Args, Raises: as of `watched_ranges`.
+    """
+    shown = [np.ascontiguousarray(batch, dtype=np.float32) for batch in calibration]
+    return watched_ranges(_watch(model), shown, ranges=ranges, percentile=percentile)
+
+
+def watched_ranges(
+    watch: Watch[Key],
+    shown: Sequence[np.ndarray],
+    *,
+    ranges: str = "minmax",
+    percentile: float = PERCENTILE,
+) -> dict[Key, Range]:
+    """Return (lowest, highest) of all that `watch` tells of batches of images, by its key.
+
     minmax: what was seen. percentile: what encloses that part of the values, as much cut off below
     as above. entropy: [-T, T] within what was seen, T as `entropy_bins` chooses it of |values|.
 
     Args:
-        calibration: arrays (n, c, h, w) float32 of model input.
+        shown: arrays (n, c, h, w) float32 of model input.
         percentile: of the values kept, above 50 to 100.
 
     Raises:
         InputError: unknown `ranges`.
-        ValueError: `calibration` is empty.
+        ValueError: nothing is shown.
     """
     if ranges not in CALIBRATION_RANGES:
         raise unknown("calibration ranges", ranges, CALIBRATION_RANGES)
-    shown = [np.ascontiguousarray(batch, dtype=np.float32) for batch in calibration]
     if not shown:
         raise ValueError("No calibration images were given; expected at least one array.")
-    watch = _watch(model)
     seen = _extremes(watch, shown)
     if ranges == "minmax":
         return seen
@@ -105,7 +119,7 @@ def _x_log(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return x * np.log(np.where(x > 0, y, 1.0))
 
 
-def _watch(model: "onnx.ModelProto") -> Watch:
+def _watch(model: "onnx.ModelProto") -> Watch[str]:
     """Return what runs the model on (n, c, h, w) and tells every float tensor by name."""
     import onnx
     import onnxruntime
@@ -133,8 +147,18 @@ def _watch(model: "onnx.ModelProto") -> Watch:
     return watch
 
 
-def _extremes(watch: Watch, shown: Iterable[np.ndarray]) -> dict[str, Range]:
-    seen: dict[str, Range] = {}
+def symmetric(low: float, high: float) -> Range:
+    """Widen a range until its zero point is 128, or 0 where nothing is negative.
+
+    256 levels have no middle: of -reach to reach, the zero point would be 127.5, which a float
+    rounds to 127 or 128 by chance.
+    """
+    reach = max(abs(low), abs(high))
+    return (0.0 if low >= 0 else -reach * 128 / 127, reach)
+
+
+def _extremes(watch: Watch[Key], shown: Iterable[np.ndarray]) -> dict[Key, Range]:
+    seen: dict[Key, Range] = {}
     for images in shown:
         for name, values in watch(images).items():
             low, high = seen.get(name, (np.inf, -np.inf))
@@ -143,8 +167,8 @@ def _extremes(watch: Watch, shown: Iterable[np.ndarray]) -> dict[str, Range]:
 
 
 def _counts(
-    watch: Watch, shown: Iterable[np.ndarray], reach: Mapping[str, Range]
-) -> dict[str, np.ndarray]:
+    watch: Watch[Key], shown: Iterable[np.ndarray], reach: Mapping[Key, Range]
+) -> dict[Key, np.ndarray]:
     """Count the values of every tensor in bins of equal width over its reach."""
     counts = {name: np.zeros(BINS, dtype=np.int64) for name in reach}
     for images in shown:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from fbnas.compression import (
     QAT,
     Rounded,
+    StaticQuantization,
     compress_,
     describe,
     pack,
@@ -190,13 +191,27 @@ def test_weights_of_another_network_are_refused_still(trained: Trained, tmp_path
         load_network(tmp_path)
 
 
-def test_without_training_it_is_onnx_runtimes_own_int8(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_channel": False},
+        {"ranges": "percentile", "percentile": 99.0},
+        {"ranges": "entropy"},
+        {"activations": "symmetric"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())) or "default",
+)
+def test_without_training_it_is_onnx_runtimes_own_int8(
+    trained: Trained, tmp_path: Path, options: dict[str, Any]
+) -> None:
     network = copy.deepcopy(trained.network)
-    rounded = QAT().apply_(network, tools(trained.data, nothing)).changes[0]
+    rounded = QAT(**options).apply_(network, tools(trained.data, nothing)).changes[0]
     assert rounded.ptq_accuracy == rounded.qat_accuracy
     export_int8_onnx(network, rounded.form, tmp_path / "ours.onnx", card=trained.card)
     export_onnx(trained.network, tmp_path / "fp32.onnx", card=trained.card)
-    quantize_file(tmp_path / "fp32.onnx", tmp_path / "theirs.onnx", trained.data)
+    method = StaticQuantization(**options)
+    quantize_file(tmp_path / "fp32.onnx", tmp_path / "theirs.onnx", trained.data, method)
     ours, theirs = (judge(tmp_path / f"{name}.onnx", trained.data) for name in ("ours", "theirs"))
     assert abs(ours - theirs) <= 2 * SAME / len(trained.data.validation)
     count = [
@@ -204,6 +219,43 @@ def test_without_training_it_is_onnx_runtimes_own_int8(trained: Trained, tmp_pat
         for name in ("ours", "theirs")
     ]
     assert count[0] == count[1]  # the same tensors are rounded
+    ours, theirs = (activation_grids(tmp_path / f"{name}.onnx") for name in ("ours", "theirs"))
+    # Weights were rounded before ranges were observed; entropy's thresholds go by eight bins.
+    rough = options.get("ranges") == "entropy"
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=0.2 if rough else 0.03)
+    assert np.abs(ours[1] - theirs[1]).max() <= (12 if rough else 5)
+    if options.get("activations") == "symmetric":
+        assert set(ours[1]) == {0, 128}
+
+
+def activation_grids(path: Path) -> np.ndarray:
+    """Scales of what is quantized and, apart from them, zero points: (2, n), each ascending."""
+    graph = onnx.load(path).graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    found = np.array([[stored[name].item() for name in node.input[1:]] for node in nodes])
+    return np.sort(found.T)
+
+
+@pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
+def test_training_pays_where_few_bits_hurt_on_grids_of_the_kind_asked_for(
+    trained: Trained, activations: str
+) -> None:
+    """With weights of 3 bits: 0.74 of the validation digits before, 0.94 after training."""
+    network = copy.deepcopy(trained.network)
+    method = QAT(weight_bits=3, activations=activations, momentum=0.1)
+    gently = replace(SETTINGS, lr=0.005)
+    tune = tools(trained.data, lambda n: train(n, trained.data, settings=gently))
+    before = method.apply_(copy.deepcopy(trained.network), tools(trained.data, nothing))
+    rounded = method.apply_(network, tune).changes[0]
+    form = rounded.form
+    assert rounded.qat_accuracy > rounded.ptq_accuracy + 0.05
+    moved = [form.outputs[name] != ends for name, ends in before.changes[0].form.outputs.items()]
+    assert any(moved)
+    zeros = [-low / (high - low) * 255 for low, high in (*form.inputs.values(),
+                                                          *form.outputs.values())]  # fmt: skip
+    middle = [z == pytest.approx(128, abs=1e-3) or z <= 0 for z in zeros]
+    assert all(middle) if activations == "symmetric" else not all(middle)
 
 
 def harm(network: nn.Module) -> None:
