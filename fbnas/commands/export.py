@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.heads import data_of_heads, joined
-from fbnas.commands.int8 import float_layers_of
+from fbnas.commands.int8 import known_layers
 from fbnas.commands.parts import data_of, network_folder, with_heads
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
@@ -138,7 +138,7 @@ def main(config: dict[str, Any]) -> int:
         data,
         images=None if data is None else parity_images(data, card, config["seed"]),
         calibration=[] if data is None else calibration_images(data, seed=config["seed"]),
-        float_layers=float_layers(config),
+        float_layers=float_layers(config, source, wanted),
     )
     found = [job.made(each, precision) for each, precision in wanted]
     _write_examples(found, card, out.folder)
@@ -195,10 +195,27 @@ def files_of(config: dict[str, Any]) -> list[tuple[Format, str]]:
     return list(dict.fromkeys(wanted))
 
 
-def float_layers(config: dict[str, Any]) -> tuple[str, ...]:
-    """Return the layers that `fbnas compress` or `run` left in float where int8 loses by it."""
-    wanted = config["model"] is not None and config["float_layers"]
-    return float_layers_of(Path(config["model"])) if wanted else ()
+def float_layers(
+    config: dict[str, Any], source: Path | None, wanted: Sequence[tuple[Format, str]]
+) -> tuple[str, ...]:
+    """Return the layers that `fbnas compress` or `run` left in float, and say what is known.
+
+    None where no int8 ONNX file is wanted, or one with the grids of its training.
+    """
+    if source is None or (source / FORM_FILE).is_file() or not config["float_layers"]:
+        return ()
+    if not any((each.suffix, precision) == (".onnx", "int8") for each, precision in wanted):
+        return ()
+    layers, pays = known_layers(Path(config["model"]))
+    where = f"on the device that {config['model']} was made for"
+    if not pays:
+        print(f"int8 is slower than fp32 {where}; it is written all the same")
+    elif layers:
+        print(
+            f"{len(layers)} layers of the int8 ONNX file compute in float: that is better {where} "
+            "(float_layers=false for none)"
+        )
+    return layers
 
 
 def _listed(given: Any) -> list[str]:
@@ -307,11 +324,6 @@ class Job:
         files = " and ".join(map(str, parts(report.path)))
         print(f"{files}: {report.bytes:,} bytes, {precision} for {each.runtime}, {batch}")
         print(_parity(report, each.runtime, self.images))
-        if self.float_layers and (each.suffix, precision) == (".onnx", "int8"):
-            print(
-                f"{len(self.float_layers)} layers of it compute in float, as in the int8 file of "
-                f"{self.config['model']} (float_layers=false for none)"
-            )
         return replace(found, device=device, report=report)
 
     def _exported(self, path: Path, device: Device, precision: str) -> ExportReport:

@@ -78,16 +78,17 @@ def quantized(
     return found
 
 
-def float_layers_of(folder: Path) -> tuple[str, ...]:
-    """Return the layers that the int8 file of a folder leaves in float, none where there is none.
+def known_layers(folder: Path) -> tuple[tuple[str, ...], bool]:
+    """Return the layers that the int8 file of a folder leaves in float, and whether int8 pays.
 
-    They are named as in the fp32 ONNX file; the folder is that of `fbnas compress` or of a run.
+    None, and yes, where nothing was found out. Layers are named as in the fp32 ONNX file; the
+    folder is that of `fbnas compress` or of a run.
     """
     for place in (folder / RECORD, folder / "models" / RECORD):
         if place.is_file():
             found = read_json(place)
-            return (*found["float_for_accuracy"], *found["float_for_speed"])
-    return ()
+            return (*found["float_for_accuracy"], *found["float_for_speed"]), found["pays"]
+    return (), True
 
 
 def reads_onnx(device: AnyDevice) -> bool:

@@ -116,9 +116,7 @@ class Calibrated:
                 takes as long to run.
         """
         scheme = replace(self.scheme, per_channel=False) if draft else self.scheme
-        graph = self.model
-        if not set(self.layers) <= set(float_layers):
-            graph = quantize_graph(self.model, self.ranges, scheme, float_layers=float_layers)
+        graph = quantize_graph(self.model, self.ranges, scheme, float_layers=float_layers)
         atomic_write(path, graph.SerializeToString())
         return path
 

@@ -282,13 +282,16 @@ def quantize_graph(
 
     Args:
         ranges: as of `activation_ranges`.
-        float_layers: names of layers, as of `layer_names`, that go on computing in float.
+        float_layers: names of layers, as of `layer_names`, that go on computing in float; where
+            these are all, so does the rest.
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
+    if float_layers and set(layer_names(model.graph)) <= set(float_layers):
+        return model
     left_out = [*float_layers, *_between_float(model.graph, frozenset(float_layers))]
     found = {
         name: tuple(

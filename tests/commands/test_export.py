@@ -198,16 +198,21 @@ def test_layers_that_were_left_in_float_stay_so(
     folder = tmp_path / "network"
     shutil.copytree(trained, folder)
     left = ["/stem/stem.0/Conv", "/classifier/linear/Gemm"]
-    record = {"float_for_accuracy": left[:1], "float_for_speed": left[1:]}
+    record = {"float_for_accuracy": left[:1], "float_for_speed": left[1:], "pays": True}
     (folder / place).mkdir(exist_ok=True)
     (folder / place / "int8.layers.json").write_text(json.dumps(record))
     given = [f"model={folder}", "data=digits", "precision=int8", "measure=false"]
     assert main(["export", *given, f"out={tmp_path / 'mixed'}"]) == 0
-    assert "2 layers of it compute in float" in capsys.readouterr().out
+    assert "2 layers of the int8 ONNX file compute in float" in capsys.readouterr().out
     assert main(["export", *given, "float_layers=false", f"out={tmp_path / 'all'}"]) == 0
     assert "in float" not in capsys.readouterr().out
     assert in_float(tmp_path / "all" / "model.onnx") == set()
     assert in_float(tmp_path / "mixed" / "model.onnx") == set(left)
+    record = {"float_for_accuracy": [], "float_for_speed": [], "pays": False}
+    (folder / place / "int8.layers.json").write_text(json.dumps(record))
+    assert main(["export", *given, f"out={tmp_path / 'slow'}"]) == 0
+    assert "int8 is slower than fp32 on the device" in capsys.readouterr().out
+    assert in_float(tmp_path / "slow" / "model.onnx") == set()
 
 
 def in_float(path: Path) -> set[str]:
