@@ -233,7 +233,9 @@ def observed_ranges(
     device, noted = next(model.parameters()).device, dict[tuple[str, str], np.ndarray]()
 
     def note(kind: str, name: str, values: Tensor) -> None:
-        noted[kind, name] = values.detach().float().cpu().clone().numpy()  # else changed in place
+        seen = values.detach().float().cpu().flatten().numpy().copy()  # others change it in place
+        earlier = noted.get((kind, name))  # of a module that is called twice
+        noted[kind, name] = seen if earlier is None else np.concatenate([earlier, seen])
 
     def watch(images: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
         noted.clear()

@@ -32,8 +32,10 @@ from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx, export_onnx
 from fbnas.latency.devices import Device
 from fbnas.latency.fake_quantization import (
+    Points,
     QuantizedForm,
     as_deployed,
+    observed_ranges,
     quantized_points,
     rounded_activation,
     rounded_weight,
@@ -226,6 +228,22 @@ def test_without_training_it_is_onnx_runtimes_own_int8(
     assert np.abs(ours[1] - theirs[1]).max() <= (12 if rough else 5)
     if options.get("activations") == "symmetric":
         assert set(ours[1]) == {0, 128}
+
+
+def test_a_module_called_twice_has_the_range_of_both_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.act(3 * x) - 2 * self.act(x).amax())
+
+    images = np.linspace(-1, 2, 12, dtype=np.float32).reshape(1, 1, 3, 4)
+    model = Twice()
+    model.weight = nn.Parameter(torch.zeros(()))  # a device to run on
+    _, outputs = observed_ranges(model, Points((), ("act",)), [images])
+    assert outputs == {"act": (0.0, 6.0)}  # the last call alone: 0 to 2
 
 
 def activation_grids(path: Path) -> np.ndarray:
