@@ -22,6 +22,7 @@ from fbnas.search.settings import SearchSettings
 from fbnas.search.supernet import Supernet
 from fbnas.search.target import Target
 from fbnas.space.search_space import SearchSpace
+from fbnas.training.allocator import memory_kept
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, Images, batches, split_for_search
 from fbnas.training.interrupt import stop_on_signal
@@ -115,6 +116,7 @@ def search(
         (loop.writes / "checkpoint.pt").unlink(missing_ok=True)
     with (
         stop_on_signal() as stop,
+        memory_kept(loop.device),
         logbook.open_logbook(loop.writes, loop.epoch) as book,
         loop.progress() as loop.advance,
     ):

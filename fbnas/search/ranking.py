@@ -13,6 +13,7 @@ from fbnas.progress import progress
 from fbnas.search.folding import Folded, folded, tracked
 from fbnas.search.supernet import MixedBlock, Path, Supernet
 from fbnas.space.architecture import Architecture
+from fbnas.training.allocator import memory_kept
 from fbnas.training.data import Data, Images, Subset, batches, split_for_search
 from fbnas.training.evaluation import recalibrate_bn
 from fbnas.training.layout import memory_format
@@ -131,7 +132,10 @@ class SharedWeightsJudge:
     def _judge(self, paths: Sequence[Path]) -> None:
         """Add `paths`, sorted and distinct, to those known."""
         passes = sum(-(-len(images) // BATCH) for images in (self.calibration, self.held_out))
-        with progress("Ranking with the shared weights", total=passes * len(paths)) as advance:
+        with (
+            memory_kept(self.device),
+            progress("Ranking with the shared weights", total=passes * len(paths)) as advance,
+        ):
             statistics = self._statistics(paths, advance) if len(self.calibration) else None
 
             def run(steps: Path, part: nn.Module, features: Tensor) -> Tensor:

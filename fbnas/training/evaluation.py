@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fbnas.modes import modes_kept
 from fbnas.progress import progress
+from fbnas.training.allocator import memory_kept
 from fbnas.training.data import batches
 from fbnas.training.images import Images
 from fbnas.training.task import CLASSIFICATION, Task
@@ -28,7 +29,11 @@ def evaluate(
     Of classification they are cross-entropy (nats) and accuracy (0 to 1).
     """
     loss = correct = torch.zeros((), dtype=torch.float64, device=device)
-    with modes_kept(network), progress("Judging", total=len(images)) as advance:
+    with (
+        modes_kept(network),
+        memory_kept(torch.device(device)),
+        progress("Judging", total=len(images)) as advance,
+    ):
         network.eval()
         for x, labels in batches(images, batch_size, device=device, mean=mean, std=std):
             scores = network(x).float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fbnas.errors import InputError
 from fbnas.progress import progress
 from fbnas.space.heads import rows_of
+from fbnas.training.allocator import memory_kept
 from fbnas.training.augmentation import build_augmentation
 from fbnas.training.data import Data, batches
 from fbnas.training.distillation import Distillation, Teaching
@@ -94,6 +95,7 @@ def train(
 
     with (
         stop_on_signal() as stop,
+        memory_kept(device),
         nullcontext() if teaching is None else teaching.listening(),
         progress(
             "Training", total=settings.epochs * steps, done=state.epoch * steps + state.step
