@@ -211,8 +211,8 @@ def test_regressors_are_trained_and_leave_nothing(
     made: list[Teaching] = []
 
     class Kept(Teaching):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             made.append(self)
             self.before = self.regressors[0].weight.detach().clone()
 
