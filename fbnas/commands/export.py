@@ -517,7 +517,7 @@ def print_files(found: Sequence[Made], accuracy: Accuracy | None) -> None:
             _shown(each.accuracy_top1, ".4f"),
             *_milliseconds(each.timing),
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    Console(width=None if Console().is_terminal else 140).print(table)
     for line in (line for each in found for line in each.lines_of_heads()):
         print(line)
     if accuracy is not None:
