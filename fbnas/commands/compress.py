@@ -55,7 +55,7 @@ from fbnas.training.heads import judge_network, task_of
 from fbnas.training.loop import train
 from fbnas.training.settings import TrainingSettings
 
-INT8 = "int8"  # of a file, so the last
+INT8 = StaticQuantization.NAME  # of a file, so the last
 NAMES = (*METHODS, INT8)
 
 

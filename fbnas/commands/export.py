@@ -206,7 +206,7 @@ def float_layers(
         return ()
     if not any((each.suffix, precision) == (".onnx", "int8") for each, precision in wanted):
         return ()
-    layers, pays = known_layers(Path(config["model"]))
+    layers, pays = known_layers(source, Path(config["model"]) / "models")  # of compress, of a run
     where = f"on the device that {config['model']} was made for"
     if not pays:
         print(f"int8 is slower than fp32 {where}; it is written all the same")

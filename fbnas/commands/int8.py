@@ -78,15 +78,17 @@ def quantized(
     return found
 
 
-def known_layers(folder: Path) -> tuple[tuple[str, ...], bool]:
-    """Return the layers that the int8 file of a folder leaves in float, and whether int8 pays.
+def known_layers(*folders: Path) -> tuple[tuple[str, ...], bool]:
+    """Return the layers that an int8 file leaves in float, and whether int8 pays.
 
-    None, and yes, where nothing was found out. Layers are named as in the fp32 ONNX file; the
-    folder is that of `fbnas compress` or of a run.
+    None, and yes, where nothing was found out. Layers are named as in the fp32 ONNX file.
+
+    Args:
+        folders: where the int8 file may be, the first that has one counts.
     """
-    for place in (folder / RECORD, folder / "models" / RECORD):
-        if place.is_file():
-            found = read_json(place)
+    for folder in folders:
+        if (folder / RECORD).is_file():
+            found = read_json(folder / RECORD)
             return (*found["float_for_accuracy"], *found["float_for_speed"]), found["pays"]
     return (), True
 

@@ -197,7 +197,7 @@ class CompressionReport:
 
 def compress_(
     model: nn.Module,
-    method: "Method | StaticQuantization | Sequence[Method | StaticQuantization]",
+    method: Method | StaticQuantization | Sequence[Method | StaticQuantization],
     *,
     input_shape: tuple[int, int, int] | None = None,
     train: Callable[..., Any] | None = None,

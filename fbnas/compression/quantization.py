@@ -52,7 +52,6 @@ class StaticQuantization:
     """
 
     NAME: ClassVar[str] = "int8"
-    SECTION: ClassVar[str] = "quantization"
 
     per_channel: bool = True
     calibration_images: int = 256

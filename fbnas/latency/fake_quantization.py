@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from fbnas.errors import InputError
 from fbnas.files import read_json, write_json
-from fbnas.latency.ranges import PERCENTILE, Range, symmetric, watched_ranges
+from fbnas.latency.ranges import PERCENTILE, Range, watched_ranges
 from fbnas.modes import modes_kept
 from fbnas.space.blocks import ChannelShuffle
 
@@ -400,8 +400,20 @@ def _buffer(kind: str) -> str:
 
 
 def _read(module: nn.Module, kind: str) -> Range:
-    low, high = getattr(module, _buffer(kind)).tolist()
-    return symmetric(low, high) if getattr(module, _SYMMETRIC) else (low, high)
+    low, high = _ends(module, kind).tolist()
+    return low, high
+
+
+def _ends(module: nn.Module, kind: str) -> Tensor:
+    """The range (2,) of the grid that is rounded to; the buffer, or that as `symmetric` widens it.
+
+    In torch, so that nothing waits for the device.
+    """
+    ends: Tensor = getattr(module, _buffer(kind))
+    if not getattr(module, _SYMMETRIC):
+        return ends
+    reach = ends.abs().max()
+    return torch.stack([torch.where(ends[0] >= 0, 0 * reach, -reach * 128 / 127), reach])
 
 
 # Functions of the module that they are called with, not of one that they know: a copy of the
@@ -415,14 +427,9 @@ def _round_output(module: nn.Module, _: Any, output: Tensor) -> Tensor:
 
 
 def _followed(module: nn.Module, values: Tensor, kind: str) -> Tensor:
-    ends, momentum = getattr(module, _buffer(kind)), getattr(module, _MOMENTUM)
+    momentum = getattr(module, _MOMENTUM)
     if module.training and momentum:
         with torch.no_grad():
-            ends.lerp_(torch.stack(values.detach().float().aminmax()), momentum)
-    return rounded_activation(values, _widened(ends) if getattr(module, _SYMMETRIC) else ends)
-
-
-def _widened(ends: Tensor) -> Tensor:
-    """As `symmetric`, of a range (2,), without waiting for the device."""
-    reach = ends.abs().max()
-    return torch.stack([torch.where(ends[0] >= 0, 0 * reach, -reach * 128 / 127), reach])
+            seen = torch.stack(values.detach().float().aminmax())
+            getattr(module, _buffer(kind)).lerp_(seen, momentum)
+    return rounded_activation(values, _ends(module, kind))

@@ -14,12 +14,10 @@ import sys
 from pathlib import Path
 
 from fbnas.files import atomic_write
-from fbnas.space import SearchSpace
+from fbnas.latency import Device
 
 sys.path.append(str(Path(__file__).parents[1]))
 from steps import circumstances
-
-from fbnas.latency import Device
 
 HERE = Path(__file__).parent
 CASES = {  # name: (space, block of every layer, images a step)
@@ -85,8 +83,7 @@ def main() -> None:
         "| case | ms given back | ms kept | ratio (rounds) | GB given back | GB kept |",
         "|---|---|---|---|---|---|",
     ]
-    for case, (space, *_) in CASES.items():
-        SearchSpace.load(space)
+    for case in CASES:
         found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
         for number in range(options.rounds):
             for way in WAYS if number % 2 else WAYS[::-1]:

@@ -136,7 +136,6 @@ def test_a_teacher_teaches_all_heads(place: Path, tmp_path: Path) -> None:
         assert main(["compress", *given, f"out={tmp_path / name}"]) == 0
     before = result(tmp_path / "untuned")["accuracy_by_head"]
     after = result(tmp_path / "taught")["accuracy_by_head"]
-    print(before, after)
     assert after["digit"] > max(0.75, before["digit"] + 0.1)
     assert after["parity"] >= before["parity"] - 0.05
 

@@ -1,6 +1,6 @@
 """A small network, training and judging it in seconds, for the tests of this folder.
 
-python tests/compression/digits_network.py    # trains the shipped one anew
+Run as a script, it trains the shipped one anew.
 """
 
 from dataclasses import dataclass
