@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.heads import data_of_heads, joined
-from fbnas.commands.int8 import known_layers
+from fbnas.commands.int8 import KnownLayers
 from fbnas.commands.parts import data_of, network_folder, with_heads
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
@@ -138,7 +138,7 @@ def main(config: dict[str, Any]) -> int:
         data,
         images=None if data is None else parity_images(data, card, config["seed"]),
         calibration=[] if data is None else calibration_images(data, seed=config["seed"]),
-        float_layers=float_layers(config, source, wanted),
+        known=known_layers(config, source, wanted),
     )
     found = [job.made(each, precision) for each, precision in wanted]
     _write_examples(found, card, out.folder)
@@ -195,27 +195,29 @@ def files_of(config: dict[str, Any]) -> list[tuple[Format, str]]:
     return list(dict.fromkeys(wanted))
 
 
-def float_layers(
+def known_layers(
     config: dict[str, Any], source: Path | None, wanted: Sequence[tuple[Format, str]]
-) -> tuple[str, ...]:
-    """Return the layers that `fbnas compress` or `run` left in float, and say what is known.
+) -> KnownLayers | None:
+    """Return which layers `fbnas compress` or `run` left in float, and say what is known.
 
-    None where no int8 ONNX file is wanted, or one with the grids of its training.
+    None where no int8 file is wanted that it holds for, or one with the grids of its training.
     """
     if source is None or (source / FORM_FILE).is_file() or not config["float_layers"]:
-        return ()
-    if not any((each.suffix, precision) == (".onnx", "int8") for each, precision in wanted):
-        return ()
-    layers, pays = known_layers(source, Path(config["model"]) / "models")  # of compress, of a run
+        return None
+    known = KnownLayers.read(source, Path(config["model"]) / "models")  # of compress, of a run
+    if known is None or not any(
+        (each.suffix, precision) == (known.suffix, "int8") for each, precision in wanted
+    ):
+        return None
     where = f"on the device that {config['model']} was made for"
-    if not pays:
+    if not known.pays:
         print(f"int8 is slower than fp32 {where}; it is written all the same")
-    elif layers:
+    elif known.layers:
         print(
-            f"{len(layers)} layers of the int8 ONNX file compute in float: that is better {where} "
-            "(float_layers=false for none)"
+            f"{len(known.layers)} layers of the int8 {known.suffix} file compute in float: that is "
+            f"better {where} (float_layers=false for none)"
         )
-    return layers
+    return known
 
 
 def _listed(given: Any) -> list[str]:
@@ -273,7 +275,7 @@ class Job:
     source: folder of the network, None of one that was joined from several; folder: of the files.
     images: (n, c, h, w) float, normalised, of the validation images; None where no data is given.
     calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges; of training images.
-    float_layers: of int8 ONNX files.
+    known: which layers int8 files of a format leave in float.
     """
 
     config: dict[str, Any]
@@ -285,7 +287,7 @@ class Job:
     data: Data | None
     images: Tensor | None
     calibration: Sequence[np.ndarray]
-    float_layers: tuple[str, ...] = ()
+    known: KnownLayers | None = None
 
     @property
     def alone(self) -> bool:
@@ -343,7 +345,9 @@ class Job:
             precision=precision,
             opset=self.config["opset"],
             least_agreement=self.config["agreement"],
-            float_layers=self.float_layers,
+            float_layers=self.known.layers
+            if self.known is not None and self.known.suffix == path.suffix
+            else (),
         )
 
     def _form(self, device: Device) -> QuantizedForm | None:

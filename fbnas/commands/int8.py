@@ -3,13 +3,13 @@
 import csv
 import io
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fbnas.compression import QuantizationReport, StaticQuantization, quantize_file
-from fbnas.compression.paying import Latencies, LayerCost
+from fbnas.compression.paying import Latencies, LayerCost, Mixable
 from fbnas.compression.sensitivity import Sensitivity
 from fbnas.export import scores_of_file
 from fbnas.files import atomic_write, read_json, write_json
@@ -34,8 +34,9 @@ def quantized(
     measured_on: AnyDevice | None,
     scored_on: AnyDevice | None = None,
     seed: int,
+    by: Mixable | None = None,
 ) -> dict[str, Any]:
-    """Write the int8 form of an ONNX file, its sensitivities beside it, and print what was found.
+    """Write the int8 form of an exported file, its sensitivities beside it, and print the findings.
 
     That is kept in int8.layers.json, so that an interrupted command that goes on neither judges nor
     measures the same layers again.
@@ -44,6 +45,7 @@ def quantized(
         data: with the mean and std that the file wants.
         measured_on: where int8 must pay; None: nothing is measured.
         scored_on: whose runtime computes scores; None: ONNX Runtime here.
+        by: what writes int8 files, where the source is no ONNX file.
     """
 
     def measure(files: Sequence[Path]) -> Measurement:
@@ -54,9 +56,10 @@ def quantized(
     if target.is_file() and record.is_file():
         before = read_json(record)
         if before.pop("source") == digest(source):
+            before.pop("suffix", None)
             return dict(before)
     record.unlink(missing_ok=True)
-    can_measure = measured_on is not None and reads_onnx(measured_on)
+    can_measure = measured_on is not None and (by is not None or reads_onnx(measured_on))
     report = quantize_file(
         source,
         target,
@@ -66,6 +69,7 @@ def quantized(
         measure=measure if can_measure else None,
         seed=seed,
         task=task_of(data.heads),
+        by=by,
     )
     if report.sensitivities:
         write_sensitivities(target.parent, report)
@@ -74,23 +78,31 @@ def quantized(
     if report.latencies is not None and report.latencies.layer_costs:
         write_layer_costs(target.parent, report, report.latencies)
     found = as_fields(report)
-    write_json(record, {"source": digest(source), **found})
+    write_json(record, {"source": digest(source), "suffix": target.suffix, **found})
     return found
 
 
-def known_layers(*folders: Path) -> tuple[tuple[str, ...], bool]:
-    """Return the layers that an int8 file leaves in float, and whether int8 pays.
+@dataclass(frozen=True)
+class KnownLayers:
+    """What a command found out of int8: the layers left in float, and whether int8 pays at all.
 
-    None, and yes, where nothing was found out. Layers are named as in the fp32 ONNX file.
-
-    Args:
-        folders: where the int8 file may be, the first that has one counts.
+    `suffix`: of the files that it holds for. In .onnx layers are named as in the fp32 file, in
+    others as the modules.
     """
-    for folder in folders:
-        if (folder / RECORD).is_file():
-            found = read_json(folder / RECORD)
-            return (*found["float_for_accuracy"], *found["float_for_speed"]), found["pays"]
-    return (), True
+
+    layers: tuple[str, ...]
+    pays: bool
+    suffix: str
+
+    @classmethod
+    def read(cls, *folders: Path) -> "KnownLayers | None":
+        """Read what lies beside an int8 file, in the first folder that has one; else None."""
+        for folder in folders:
+            if (folder / RECORD).is_file():
+                found = read_json(folder / RECORD)
+                layers = (*found["float_for_accuracy"], *found["float_for_speed"])
+                return cls(layers, found["pays"], found.get("suffix", ".onnx"))
+        return None
 
 
 def reads_onnx(device: AnyDevice) -> bool:

@@ -26,6 +26,7 @@ from fbnas.commands.int8 import quantized
 from fbnas.commands.teachers import Sources
 from fbnas.compression import (
     FORM_FILE,
+    Converted,
     LatencyNotReachedError,
     LatencyPruning,
     calibration_images,
@@ -34,7 +35,7 @@ from fbnas.compression.packing import PACKED_FILE
 from fbnas.errors import InputError
 from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
 from fbnas.files import read_json, write_json
-from fbnas.latency.devices import allowed_ratio
+from fbnas.latency.devices import Device, allowed_ratio
 from fbnas.latency.profiling import AnyDevice
 from fbnas.latency.timing import Timing
 from fbnas.space import Count, count, load_network
@@ -245,8 +246,8 @@ def _exported(name: str, source: str, folder: Path, data: Data, device: AnyDevic
 def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
     """Write the int8 form of a stage, with ranges from training images; None where there is none.
 
-    ONNX files are quantized as `compression.quantization` says, with the layers left in float that
-    int8 makes slower or too inaccurate; others by their own converter.
+    ONNX files are quantized as `compression.quantization` says, others by their own converter;
+    layers (there whole blocks) that int8 makes slower or too inaccurate are left in float.
     """
     if form_of(run.folder / best.network, run.device) is not None:
         print(f"int8 is left out: the file of {best.name} is int8 already")
@@ -255,13 +256,17 @@ def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
     stage = Stage(INT8, path, best.network, best.params, best.macs, 0.0, precision=INT8)
     try:
         int8 = replace(run.device, precision="int8")
+        allowed_drop = best.validation_accuracy - _least(run, trained)
         if run.device.suffix == ".onnx":
-            stage.note = _mixed(run, best, path, best.validation_accuracy - _least(run, trained))
+            stage.note, _ = _mixed(run, best, path, allowed_drop)
         else:
             network, card = load_network(run.folder / best.network)
             method = quantization_of(run.config)
             images = calibration_images(run.data, method, seed=run.config["seed"])
-            export_file(network, path, int8, card=card, calibration=images)
+            assert isinstance(int8, Device)  # a planned one reads ONNX files
+            by = Converted(network, card.input_shape, int8, images)
+            stage.note, left = _mixed(run, best, path, allowed_drop, by=by)
+            export_file(network, path, int8, card=card, calibration=images, float_layers=left)
         stage.validation_accuracy = _accuracy(path, run.data, run.data.validation, int8)
     except InputError as error:
         print(f"int8 is left out: {error}")
@@ -275,8 +280,10 @@ def _least(run: "Judge", trained: Stage) -> float:
     return least
 
 
-def _mixed(run: "Judge", best: Stage, path: Path, allowed_drop: float) -> str:
-    """Write the int8 file, with layers in float where that is better; say how many."""
+def _mixed(
+    run: "Judge", best: Stage, path: Path, allowed_drop: float, *, by: Converted | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """Write the int8 file, with layers in float where that is better; say how many, and which."""
     method = quantization_of(run.config)
     if method.max_accuracy_drop is None:
         method = replace(method, max_accuracy_drop=min(max(allowed_drop, 0.0), 1.0))
@@ -288,9 +295,10 @@ def _mixed(run: "Judge", best: Stage, path: Path, allowed_drop: float) -> str:
         measured_on=run.device,
         scored_on=replace(run.device, precision=INT8),
         seed=run.config["seed"],
+        by=by,
     )
-    left = len({*found["float_for_accuracy"], *found["float_for_speed"]})
-    return f", {left} of {found['layers']} layers in float" if left else ""
+    left = tuple(dict.fromkeys((*found["float_for_accuracy"], *found["float_for_speed"])))
+    return (f", {len(left)} of {found['layers']} layers in float" if left else ""), left
 
 
 def _accuracy(path: Path, data: Data, images: Any, device: AnyDevice) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fbnas.compression.converted import Converted
 from fbnas.compression.equalisation import equalise_
 from fbnas.compression.fixed_point import FixedPoint
 from fbnas.compression.holding import held, shared, weighted
@@ -67,6 +68,7 @@ __all__ = [
     "ChannelSet",
     "ChannelStep",
     "CompressionReport",
+    "Converted",
     "Facts",
     "FixedPoint",
     "IterativePruning",

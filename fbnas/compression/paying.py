@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from fbnas.latency.devices import Measurement, allowed_ratio
+from fbnas.progress import progress
 
 AT_ONCE = 16  # files measured against each other, beside the two that all are compared with
 MARGINS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)  # of the int8 latency, asked of every change
@@ -17,7 +18,11 @@ Measure = Callable[[Sequence[Path]], Measurement]
 
 
 class Mixable(Protocol):
-    """What can be written with any of its layers in float."""
+    """What can be written with any of its layers in float, calibrated by some images."""
+
+    @property
+    def images(self) -> int:
+        """How many."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -119,13 +124,13 @@ def paying_layers(
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pays.") as kept:
         place = Path(kept)
-        int8 = write(place, "int8.onnx", ())
+        int8 = write(place, f"int8{fp32.suffix}", ())
         choices: list[tuple[str, ...]] = []
         layer_costs: tuple[LayerCost, ...] = ()
         if len(free) > 1:
             costs = _measured_costs(free, fp32, write, measure, place)
             choices, layer_costs = _choices(free, costs), costs.of(free)
-        files = [write(place, f"{i:03d}.onnx", layers) for i, layers in enumerate(choices)]
+        files = [write(place, f"{i:03d}{fp32.suffix}", layers) for i, layers in enumerate(choices)]
         anchors = [fp32, int8]
         if files:
             times = _times(measure([*anchors, *files]))[2:]
@@ -193,14 +198,16 @@ def _measured_costs(
 
     Files are drafts, and are deleted when they were measured.
     """
-    int8 = write(place, "draft.onnx", (), draft=True)
+    int8 = write(place, f"draft{fp32.suffix}", (), draft=True)
     plan = [free[:k] for k in range(1, len(free))] + [free[k:] for k in range(1, len(free))]
     anchors, rows = [], []
     for start in range(0, len(plan), AT_ONCE):
-        files = [
-            write(place, f"border_{start + i:03d}.onnx", layers, draft=True)
-            for i, layers in enumerate(plan[start : start + AT_ONCE])
-        ]
+        files, some = [], plan[start : start + AT_ONCE]
+        with progress("Writing files of int8 and float layers", total=len(some)) as advance:
+            for i, layers in enumerate(some):
+                name = f"border_{start + i:03d}{fp32.suffix}"
+                files.append(write(place, name, layers, draft=True))
+                advance(1)
         times = _times(measure([fp32, int8, *files]))
         anchors.append(times[:2])
         rows.append(times[2:] / times[:2].sum())

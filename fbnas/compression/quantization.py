@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fbnas.compression.equalisation import equalise_
-from fbnas.compression.paying import Latencies, Measure, paying_layers
+from fbnas.compression.paying import Latencies, Measure, Mixable, paying_layers
 from fbnas.compression.sensitivity import Sensitivity, fewest_float, sensitivity_of
 from fbnas.errors import InputError
 from fbnas.files import atomic_write
@@ -162,6 +162,7 @@ def quantize_file(
     folder: Path | None = None,
     seed: int = 0,
     task: Task = CLASSIFICATION,
+    by: Mixable | None = None,
 ) -> QuantizationReport:
     """Write the int8 form of an exported network, calibrated on images of `data.train` only.
 
@@ -169,20 +170,21 @@ def quantize_file(
     speed, measured on the device. Where even so the float file is the fastest, the report says it.
 
     Args:
-        source: an ONNX file written by `export_onnx`.
-        path: where the int8 file goes; metadata are carried over.
+        source: an ONNX file written by `export_onnx`, or with `by` any runtime's fp32 file.
+        path: where the int8 file goes; metadata of an ONNX file are carried over.
         method: how to quantize; the default settings where not given.
         scores: what a file answers; needed for `max_accuracy_drop`.
         measure: times files against each other on the device; without it none is left for speed.
         folder: for files in between; that of `path` where not given.
         seed: of the choice of calibration images.
         task: by which validation images are judged, where that is not classification.
+        by: what writes int8 files of the network, as `Converted`; here, from ONNX, if not given.
 
     Raises:
         InputError: `sensitivity` or `max_accuracy_drop` without scores.
     """
     source, path, method = Path(source), Path(path), method or StaticQuantization()
-    calibrated = calibrate(source, data, method, seed=seed)
+    calibrated = by or calibrate(source, data, method, seed=seed)
     calibrated.write(path)
     report = QuantizationReport(path, source.stat().st_size, 0, calibrated.images)
     report = replace(report, layers=calibrated.layers)
@@ -248,7 +250,7 @@ class _Judge:
     """Files of a network with some layers in float, judged on validation images."""
 
     source: Path
-    calibrated: Calibrated
+    calibrated: Mixable
     data: "Data"
     scores: Scores
     folder: Path
@@ -279,7 +281,7 @@ class _Judge:
 
     def _scores(self, float_layers: Collection[str], shown: "Images") -> torch.Tensor:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".judged.") as place:
-            path = self.calibrated.write(Path(place) / "mixed.onnx", float_layers)
+            path = self.calibrated.write(Path(place) / f"mixed{self.source.suffix}", float_layers)
             return self.scores(path, shown)
 
 

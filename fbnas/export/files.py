@@ -26,7 +26,7 @@ from fbnas.export.onnx import (
 )
 from fbnas.files import atomic_write, write_json
 from fbnas.latency import model_files
-from fbnas.latency.converting import convert
+from fbnas.latency.converting import convert, in_float
 from fbnas.latency.devices import Device
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.lowering import OPSET, quantize_onnx
@@ -69,7 +69,8 @@ def export_file(
         precision: fp32, fp16 or int8; the device's where not given.
         opset: version of ONNX's operators, 13 to 20.
         least_agreement: 0 to 1, of int8 files.
-        float_layers: names of layers of the fp32 ONNX file that compute in float in the int8 one.
+        float_layers: what computes in float in an int8 file: names of layers of the fp32 ONNX file
+            for ONNX files and the IR, of modules for others.
 
     Raises:
         InputError: int8 without calibration or form, a form of another network, for another
@@ -104,11 +105,11 @@ def export_file(
                 shown=shown,
                 form=form,
                 opset=opset,
-                float_layers=float_layers if path.suffix == ".onnx" else (),
+                float_layers=float_layers,
             )
         else:
             assert isinstance(device, Device)
-            _convert(network, path, device, card, shown)
+            _convert(network, path, device, card, shown=shown, float_layers=float_layers)
         return _checked(
             network if form is None else as_deployed(network, form),
             path,
@@ -158,7 +159,13 @@ def _write_through_onnx(
 
 
 def _convert(
-    network: nn.Module, path: Path, device: Device, card: NetworkCard, shown: Sequence[np.ndarray]
+    network: nn.Module,
+    path: Path,
+    device: Device,
+    card: NetworkCard,
+    *,
+    shown: Sequence[np.ndarray],
+    float_layers: Collection[str],
 ) -> None:
     """Write a file by the runtime's own converter, its metadata in it and beside it."""
     stated = {"runtime": device.runtime, "precision": device.precision, "batch": 1}
@@ -171,8 +178,9 @@ def _convert(
         precision=device.precision,
         batch=1,
         calibration=shown,
-        converter=device.converter or (None if device.host else device.python),
+        converter=device.converting_python,
         text=json.dumps(content),
+        float_layers=in_float(network, card.input_shape, float_layers) if float_layers else (),
     )
     embed(path, content)
     write_json(sidecar(path), content)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +48,7 @@ def convert(
     calibration: Iterable[np.ndarray],
     converter: str | None = None,
     text: str = "",
+    float_layers: Sequence[bool] = (),
 ) -> None:
     """Write the file that a runtime executes; the module itself is left as it is.
 
@@ -58,14 +59,18 @@ def convert(
         calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges.
         converter: a python that has the packages which conversion needs; None for this one.
         text: to be stored in the file, where the runtime's converter can (HOLDS_TEXT).
+        float_layers: which of `layer_names` int8 leaves in float, where the converter can (MIXES).
 
     Raises:
         ConversionError: the module cannot be converted; in the converter's own words.
-        InputError: unknown precision, no converter here, or no such interpreter.
+        InputError: unknown precision, no converter here, no such interpreter, or float_layers
+            where all of a file is of one precision.
     """
     file = find_runtime(runtime)
     if precision not in file.PRECISIONS:
         raise unknown(f"precision of {runtime}", precision, file.PRECISIONS)
+    if float_layers and not getattr(file, "MIXES", False):
+        raise InputError(f"{runtime} converts whole networks; expected no float_layers")
     packages = needed(file, precision)
     module = copy.deepcopy(module).cpu().float().eval()
     shown = calibration if precision == "int8" else ()
@@ -73,7 +78,11 @@ def convert(
         shown = pieces(shown, batch or 1)
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         made = Path(folder) / f"model{file.SUFFIX}"
-        more = {"text": text} if text and getattr(file, "HOLDS_TEXT", False) else {}
+        more: dict[str, Any] = {}
+        if text and getattr(file, "HOLDS_TEXT", False):
+            more["text"] = text
+        if float_layers:
+            more["float_layers"] = list(float_layers)
         job = _Job(file, module, input_shape, made, precision, batch, list(shown), more)
         if packages and (converter is not None or lacking(packages)):
             _convert_there(_worker(file, packages, converter), job)
@@ -91,7 +100,7 @@ class _Job:
     precision: str
     batch: int | None
     calibration: list[np.ndarray]
-    more: dict[str, str]
+    more: dict[str, Any]
 
 
 def needed(file: ModuleType, precision: str) -> tuple[str, ...]:
@@ -110,6 +119,51 @@ def pieces(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     for array in arrays:
         for start in range(0, len(array), size):
             yield np.resize(array[start : start + size], (size, *array.shape[1:]))
+
+
+def layer_names(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """Return the names of convolutions and linear layers, in the order in which they compute.
+
+    Those of parameters, less ".weight": layers.3.conv. One that computes twice is there twice.
+
+    Raises:
+        ConversionError: the module's code cannot be traced.
+    """
+    module = copy.deepcopy(module).cpu().float().eval()
+    program = _program(module, (1, *input_shape))
+    names = program.graph_signature.inputs_to_parameters
+    aten = torch.ops.aten
+    return tuple(
+        names.get(node.args[1].name, node.name).removesuffix(".weight")
+        for node in program.graph.nodes
+        if getattr(node.target, "overloadpacket", None) in (aten.conv2d, aten.linear)
+    )
+
+
+def in_float(
+    module: nn.Module, input_shape: tuple[int, int, int], parts: Collection[str]
+) -> list[bool]:
+    """Return for each of `layer_names` whether it is, or is within, one of some parts.
+
+    Args:
+        parts: names of modules: layers.3 has layers.3.conv in it.
+
+    Raises:
+        ConversionError: the module's code cannot be traced.
+        InputError: a part has no layer.
+    """
+    names = layer_names(module, input_shape)
+    lost = [part for part in parts if not any(_is_within(name, part) for name in names)]
+    if lost:
+        raise InputError(
+            f"float_layers names {', '.join(lost)}, where no convolution and no linear layer is; "
+            f"expected some of {', '.join(dict.fromkeys(names))}, or what holds them"
+        )
+    return [any(_is_within(name, part) for part in parts) for name in names]
+
+
+def _is_within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 def _convert_here(job: _Job) -> None:
@@ -156,15 +210,20 @@ def save_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
         ConversionError: the module's code cannot be traced.
     """
     buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(_program(module, shape), buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def _program(module: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, (torch.zeros(shape),), strict=False)
-            torch.export.save(program, buffer)
+            return torch.export.export(module, (torch.zeros(shape),), strict=False)
     except Exception as error:  # whatever the module's own code raises, beside torch's own errors
         words = f"{type(error).__name__}: {error}"
         raise _refused(module, "torch.export", words) from error
-    path.write_bytes(buffer.getvalue())
 
 
 def _refused(module: nn.Module, by: str, words: str) -> ConversionError:

@@ -156,6 +156,11 @@ class Device:
         suffix: str = runtime(self.runtime).SUFFIX
         return suffix
 
+    @property
+    def converting_python(self) -> str | None:
+        """The interpreter on this machine that writes its files; None for this one."""
+        return self.converter or (None if self.host else self.python)
+
     def fingerprint(self) -> dict[str, str]:
         """Return what a latency depends on, for a table's header.
 
@@ -214,7 +219,6 @@ class Device:
         from fbnas.space.structure import rounds
 
         shown = noise((batch, *input_shape), seed) if calibration is None else calibration
-        local = self.python if not self.host else None
         convert(
             self.runtime,
             module,
@@ -223,7 +227,7 @@ class Device:
             precision=self.precision,
             batch=batch,
             calibration=shown,
-            converter=self.converter or local,
+            converter=self.converting_python,
         )
         tolerance = runtime(self.runtime).TOLERANCE["int8" if rounds(module) else self.precision]
         write_check(module, input_shape, path, batch=batch, seed=seed, tolerance=tolerance)

@@ -20,7 +20,14 @@ from runtime_process import answer
 from torch import nn
 
 from fbnas.errors import InputError
-from fbnas.latency.converting import convert, lacking, needed
+from fbnas.latency.converting import (
+    ConversionError,
+    convert,
+    in_float,
+    lacking,
+    layer_names,
+    needed,
+)
 from fbnas.latency.profiling import enliven_
 from fbnas.latency.runtimes import RUNTIMES, ov, provider_name, runtime, torch_rt
 from fbnas.space import BLOCKS, SearchSpace, build_block, build_network
@@ -31,6 +38,7 @@ SHAPE = (16, 9, 9)
 PAIRS = [(name, precision) for name in RUNTIMES for precision in runtime(name).PRECISIONS]
 EACH_RUNTIME = pytest.mark.parametrize("bench", RUNTIMES, indirect=True)
 EACH_PRECISION = pytest.mark.parametrize(("bench", "precision"), PAIRS, indirect=["bench"])
+MIXING = [name for name in RUNTIMES if getattr(runtime(name), "MIXES", False)]
 NETWORK = SearchSpace.load("quickstart")
 
 
@@ -203,6 +211,70 @@ def test_agrees_with_torch(bench: Bench, precision: str, module_name: str, tmp_p
     assert error <= bench.runtime.TOLERANCE[precision]
     # Stricter than what is accepted elsewhere: fp32 is not bf16, and int8 is really int8.
     assert error < 1e-5 if precision == "fp32" else 1e-3 < error < 0.06
+
+
+def delicate() -> nn.Module:
+    """Three convolutions; one weight that meets nothing but zeros makes int8 of the second junk."""
+    chain = [nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    torch.manual_seed(0)
+    module = nn.Sequential(*chain).eval()
+    with torch.no_grad():
+        chain[0].weight[0], chain[0].bias[0] = 0, 0
+        chain[2].weight[:, 0] = 100
+    return module
+
+
+@pytest.mark.parametrize("bench", MIXING, indirect=True)
+def test_the_layers_that_are_named_stay_in_float(bench: Bench, tmp_path: Path) -> None:
+    module, provider = delicate(), bench.provider("int8")
+    assert layer_names(module, SHAPE) == ("0", "2", "4")
+
+    def error(*parts: str) -> float:
+        path = bench.compile(
+            module,
+            SHAPE,
+            tmp_path / "_".join(parts),
+            precision="int8",
+            float_layers=in_float(module, SHAPE, parts),
+        )
+        return difference(
+            bench.outputs(path, [images(SHAPE)], provider)[0][0], module, images(SHAPE)
+        )
+
+    assert 1e-3 < error("2") < 0.06  # int8 but for the second
+    assert error("0", "4") > 0.3  # the second alone is int8
+    assert error("0", "2", "4") < 1e-5  # none is
+
+
+@pytest.mark.parametrize("bench", MIXING, indirect=True)
+def test_a_choice_of_other_layers_than_there_are_is_refused(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="3 layers, float_layers is of 2"):
+        bench.compile(
+            delicate(), SHAPE, tmp_path / "x", precision="int8", float_layers=[True, False]
+        )
+
+
+def test_layers_are_named_by_themselves_or_what_holds_them() -> None:
+    module = network()
+    names = layer_names(module, shape_of("network"))
+    assert names[0] == "stem.0"
+    assert names[-1] == "classifier.linear"
+    found = in_float(module, shape_of("network"), ["layers.1", "head.0"])
+    chosen = [name for name, left in zip(names, found, strict=True) if left]
+    assert chosen == [name for name in names if name.startswith("layers.1.")] + ["head.0"]
+    with pytest.raises(InputError, match=r"float_layers names layers\.99"):
+        in_float(module, shape_of("network"), ["layers.1", "layers.99"])
+    with pytest.raises(InputError, match="onnxruntime converts whole networks"):
+        convert(
+            "onnxruntime",
+            convolution(),
+            SHAPE,
+            Path("x.onnx"),
+            precision="int8",
+            batch=1,
+            calibration=[],
+            float_layers=[True],
+        )
 
 
 @EACH_PRECISION

@@ -27,6 +27,7 @@ PRECISIONS = ("fp32", "int8")
 PROVIDERS = {"XNNPACK": INSTALL}
 TOLERANCE = {"fp32": 1e-3, "int8": 0.3}
 CONVERTER = ("executorch", "torchao")
+MIXES = True
 HOLDS_TEXT = True  # as what a method of the name TEXT returns
 TEXT = "fbnas"
 
@@ -53,6 +54,7 @@ def compile(
     batch: int | None,
     calibration: Sequence[np.ndarray],
     text: str = "",
+    float_layers: Sequence[bool] = (),
 ) -> None:
     """Write a .pte file.
 
@@ -63,6 +65,11 @@ def compile(
         batch: images per run; None is 1.
         calibration: arrays (batch, c, h, w) float32, from which int8 takes its ranges.
         text: what the file's method TEXT returns; "" for no such method.
+        float_layers: of every convolution and linear layer, in the order of computing, whether int8
+            leaves it in float, with what follows it; () for none.
+
+    Raises:
+        ValueError: the module has another number of layers.
     """
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -73,7 +80,7 @@ def compile(
         warnings.simplefilter("ignore")
         program = torch.export.export(module, images, strict=False)
         if precision == "int8":
-            quantized = _quantized(program.module(), calibration)
+            quantized = _quantized(program.module(), calibration, float_layers)
             program = torch.export.export(quantized, images, strict=False)
         edge = to_edge_transform_and_lower(
             program,
@@ -83,7 +90,7 @@ def compile(
         path.write_bytes(edge.to_executorch().buffer)
 
 
-def _quantized(module: Any, calibration: Sequence[np.ndarray]) -> Any:
+def _quantized(module: Any, calibration: Sequence[np.ndarray], float_layers: Sequence[bool]) -> Any:
     import torch
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -91,7 +98,13 @@ def _quantized(module: Any, calibration: Sequence[np.ndarray]) -> Any:
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    quantizer = XNNPACKQuantizer()
+    class Quantizer(XNNPACKQuantizer):
+        def annotate(self, model: Any) -> Any:
+            left = _left_in_float(model.graph, float_layers)
+            self.set_filter_function(lambda node: node not in left)
+            return super().annotate(model)
+
+    quantizer = Quantizer()
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
     # Those of training (QAT) find nothing here, and exporting them takes half the time of a block.
     patterns = getattr(quantizer, "SUPPORTED_PATTERNS", None)
@@ -102,6 +115,28 @@ def _quantized(module: Any, calibration: Sequence[np.ndarray]) -> Any:
         for images in calibration:
             prepared(torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)))
     return convert_pt2e(prepared)
+
+
+def _left_in_float(graph: Any, float_layers: Sequence[bool]) -> set[Any]:
+    """Return the nodes of layers in float, each with those up to the next layer.
+
+    Raises:
+        ValueError: it has another number of layers.
+    """
+    import torch
+
+    if not float_layers:
+        return set()
+
+    aten = torch.ops.aten
+    layers, left = 0, set[Any]()
+    for node in graph.nodes:
+        layers += getattr(node.target, "overloadpacket", None) in (aten.conv2d, aten.linear)
+        if 0 < layers <= len(float_layers) and float_layers[layers - 1]:
+            left.add(node)
+    if layers != len(float_layers):
+        raise ValueError(f"the network has {layers} layers, float_layers is of {len(float_layers)}")
+    return left
 
 
 class _Model:

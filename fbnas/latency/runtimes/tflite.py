@@ -11,6 +11,7 @@ are (de)quantized by `feed` and `result`. The batch is fixed in the file.
 import importlib.metadata
 import importlib.util
 import io
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ PRECISIONS = ("fp32", "int8")
 PROVIDERS = {"XNNPACK": INSTALL}
 TOLERANCE = {"fp32": 1e-3, "int8": 0.3}
 CONVERTER = ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
+MIXES = True
 
 
 def available() -> bool:
@@ -52,6 +54,7 @@ def compile(
     precision: str,
     batch: int | None,
     calibration: Sequence[np.ndarray],
+    float_layers: Sequence[bool] = (),
 ) -> None:
     """Write a .tflite file.
 
@@ -61,6 +64,11 @@ def compile(
         precision: fp32 or int8.
         batch: images per run; None is 1.
         calibration: arrays (batch, c, h, w) float32, from which int8 takes its ranges.
+        float_layers: of every convolution and linear layer, in the order of computing, whether int8
+            leaves it in float, with what follows it; () for none.
+
+    Raises:
+        ValueError: the module has another number of layers.
     """
     import litert_torch
     import torch
@@ -77,13 +85,15 @@ def compile(
         with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
             source = Path(folder) / "fp32.tflite"
             litert_torch.convert(wrapped, (images,)).export(str(source))
-            if precision == "int8":
-                _quantize(source, path, calibration)
+            if precision == "int8" and not (float_layers and all(float_layers)):
+                _quantize(source, path, calibration, float_layers)
             else:
                 path.write_bytes(source.read_bytes())
 
 
-def _quantize(source: Path, path: Path, calibration: Sequence[np.ndarray]) -> None:
+def _quantize(
+    source: Path, path: Path, calibration: Sequence[np.ndarray], float_layers: Sequence[bool]
+) -> None:
     from ai_edge_litert.interpreter import Interpreter
     from ai_edge_quantizer import qtyping, quantizer, recipe
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
@@ -93,12 +103,40 @@ def _quantize(source: Path, path: Path, calibration: Sequence[np.ndarray]) -> No
         work.update_quantization_recipe(
             regex=".*", operation_name=end, algorithm_key=AlgorithmName.NO_QUANTIZE
         )
+    for scope in _left_in_float(source, float_layers) if float_layers else ():
+        work.update_quantization_recipe(
+            regex=f"^{re.escape(scope)}$",
+            operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
+            algorithm_key=AlgorithmName.NO_QUANTIZE,
+        )
     signatures = Interpreter(str(source), num_threads=1).get_signature_list()
     name, signature = next(iter(signatures.items()))
     shown = [{signature["inputs"][0]: _channels_last(images)} for images in calibration]
     ranges = work.calibrate({name: shown}, num_threads=1)
     result = work.quantize(ranges, enable_progress_report=False)
     result.export_model(str(path), overwrite=True)
+
+
+def _left_in_float(source: Path, float_layers: Sequence[bool]) -> list[str]:
+    """Return the scopes of the operations of layers in float, each with those up to the next."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator
+    from ai_edge_quantizer.utils import tfl_flatbuffer_utils
+
+    weighted = {
+        BuiltinOperator.CONV_2D,
+        BuiltinOperator.DEPTHWISE_CONV_2D,
+        BuiltinOperator.FULLY_CONNECTED,
+    }
+    model = tfl_flatbuffer_utils.read_model(str(source))
+    graph = model.subgraphs[0]
+    layers, left = 0, []
+    for operation in graph.operators:
+        layers += model.operatorCodes[operation.opcodeIndex].builtinCode in weighted
+        if 0 < layers <= len(float_layers) and float_layers[layers - 1]:
+            left.append(tfl_flatbuffer_utils.get_op_scope(operation, graph.tensors))
+    if layers != len(float_layers):
+        raise ValueError(f"the file has {layers} layers, float_layers is of {len(float_layers)}")
+    return left
 
 
 class _Model:

@@ -41,6 +41,7 @@ PROVIDERS = {
 TOLERANCE = {"fp32": 1e-3, "int8": 0.3}
 CONVERTER: tuple[str, ...] = ()
 CONVERTER_INT8 = ("torchao",)
+MIXES = True
 
 
 def available() -> bool:
@@ -69,6 +70,7 @@ def compile(
     precision: str,
     batch: int | None,
     calibration: Sequence[np.ndarray],
+    float_layers: Sequence[bool] = (),
 ) -> None:
     """Write a .pt2 file.
 
@@ -78,6 +80,11 @@ def compile(
         precision: fp32 or int8.
         batch: images per run; None leaves it open in fp32 and is 1 in int8.
         calibration: arrays (batch, c, h, w) float32, from which int8 takes its ranges.
+        float_layers: of every convolution and linear layer, in the order of computing, whether int8
+            leaves it in float, with what follows it; () for none.
+
+    Raises:
+        ValueError: the module has another number of layers.
     """
     import torch
 
@@ -89,22 +96,51 @@ def compile(
         warnings.simplefilter("ignore")
         program = torch.export.export(module, images, dynamic_shapes=sizes, strict=False)
         if precision == "int8":
-            quantized = _quantized(program.module(), calibration)
+            quantized = _quantized(program.module(), calibration, float_layers)
             program = torch.export.export(quantized, images, strict=False)
         torch.export.save(program, path)
 
 
-def _quantized(module: Any, calibration: Sequence[np.ndarray]) -> Any:
+def _quantized(module: Any, calibration: Sequence[np.ndarray], float_layers: Sequence[bool]) -> Any:
     import torch
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer()
+    class Quantizer(x86.X86InductorQuantizer):
+        def annotate(self, model: Any) -> Any:
+            annotated = super().annotate(model)
+            for node in _left_in_float(annotated.graph, float_layers):
+                node.meta.pop("quantization_annotation", None)
+            return annotated
+
+    quantizer = Quantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(module, quantizer)
     for images in calibration:
         prepared(torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)))
     return convert_pt2e(prepared)
+
+
+def _left_in_float(graph: Any, float_layers: Sequence[bool]) -> set[Any]:
+    """Return the nodes of layers in float, each with those up to the next layer.
+
+    Raises:
+        ValueError: it has another number of layers.
+    """
+    import torch
+
+    if not float_layers:
+        return set()
+
+    aten = torch.ops.aten
+    layers, left = 0, set[Any]()
+    for node in graph.nodes:
+        layers += getattr(node.target, "overloadpacket", None) in (aten.conv2d, aten.linear)
+        if 0 < layers <= len(float_layers) and float_layers[layers - 1]:
+            left.add(node)
+    if layers != len(float_layers):
+        raise ValueError(f"the network has {layers} layers, float_layers is of {len(float_layers)}")
+    return left
 
 
 class _Model:
