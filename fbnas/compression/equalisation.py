@@ -1,4 +1,4 @@
-"""Cross-layer weight equalisation of an ONNX graph, before it is quantized.
+"""Cross-layer weight equalisation of an ONNX graph or a network, before it is quantized.
 
 Nagel et al. 2019 (arXiv 1906.04721), section 4.1: relu(s x) = s relu(x) for s > 0, so channel i of
 a layer may be divided by s_i, and what the next layer does with it be multiplied by s_i, without a
@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import nn
+
+from fbnas.errors import InputError
+from fbnas.latency.lowering import trace_onnx
 
 if TYPE_CHECKING:
     import onnx
@@ -61,6 +66,46 @@ def equalise_(model: "onnx.ModelProto") -> tuple[Pair, ...]:
     for name, array in arrays.items():
         stored[name].CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float32), name))
     return pairs
+
+
+def equalise_network_(
+    network: nn.Module, input_shape: tuple[int, int, int]
+) -> tuple[tuple[str, str], ...]:
+    """Equalise a network whose batch normalisation is folded, in place; return pairs of layers.
+
+    Layers are told by the names of their modules; the graph that is equalised is the network's own.
+
+    Args:
+        input_shape: (c, h, w) of one image.
+
+    Raises:
+        InputError: the network cannot be traced.
+    """
+    import onnx
+
+    model = trace_onnx(network, input_shape, batch=1)
+    pairs = equalise_(model)
+    inputs = {node.name: list(node.input[1:]) for node in model.graph.node}
+    changed = {name for pair in pairs for x in (pair.first, pair.second) for name in inputs[x]}
+    parameters = dict(network.named_parameters())
+    stored = {weight.name: weight for weight in model.graph.initializer}
+    lost = sorted(changed - parameters.keys())
+    if lost:
+        raise InputError(
+            f"equalise: {lost[0]} of the traced network is no parameter of it, so it cannot be "
+            "changed there; expected equalise=false."
+        )
+    with torch.no_grad():
+        for name in changed:
+            found = onnx.numpy_helper.to_array(stored[name])
+            parameters[name].copy_(torch.from_numpy(found.copy()))
+    return tuple(
+        (_module_of(inputs[pair.first]), _module_of(inputs[pair.second])) for pair in pairs
+    )
+
+
+def _module_of(names: list[str]) -> str:
+    return names[0].removesuffix(".weight")
 
 
 def _equalise_pair_(

@@ -30,7 +30,7 @@ def find_grid(weights: np.ndarray) -> Grid | None:
     """Return the coarsest symmetric grid that every channel lies on, None where there is none.
 
     A channel's largest weight is taken to be its highest level, which is how scales are chosen
-    (`fbnas.latency.fake_quantization.weight_scale`).
+    (`fbnas.latency.fake_quantization.WeightGrids`).
 
     Args:
         weights: (channels, weights of one) float32.

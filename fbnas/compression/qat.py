@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fbnas.compression.equalisation import equalise_network_
 from fbnas.compression.folding import fold_bn_
 from fbnas.compression.holding import weighted
 from fbnas.compression.method import Applied, Method, Tools
@@ -19,6 +20,7 @@ from fbnas.latency.fake_quantization import (
     BITS,
     Points,
     QuantizedForm,
+    WeightGrids,
     observed_ranges,
     quantized_points,
     rounding_activations,
@@ -57,6 +59,8 @@ class QAT(Method):
         percentile: of the values that its range encloses.
         activations: asymmetric or symmetric, as `Scheme` says; ranges that follow the activations
             are widened likewise.
+        weights: symmetric, or asymmetric, which needs one scale per tensor.
+        equalise: even out the weights of neighbouring layers first, by `equalise_network_`.
         batch_size: calibration images per run.
         momentum: with which ranges follow the activations while training; 0 leaves them. Those of
             the average of the weights, which is what is kept, follow at each validation alone.
@@ -73,6 +77,8 @@ class QAT(Method):
     ranges: str = "minmax"
     percentile: float = PERCENTILE
     activations: str = "asymmetric"
+    weights: str = "symmetric"
+    equalise: bool = False
     batch_size: int = 32
     momentum: float = 0.01
     lr: float | None = None
@@ -104,8 +110,11 @@ class QAT(Method):
             layer: mask for layer in weighted(model) if (mask := _nonzero(layer)) is not None
         }
         fold_bn_(model, tools.input_shape)
+        if self.equalise:
+            equalise_network_(model, tools.input_shape)
+        grids = WeightGrids(self.weight_bits, self.per_channel, self.weights == "symmetric")
         points = quantized_points(model, tools.input_shape)
-        with rounding_weights(model, self.weight_bits, per_channel=self.per_channel, kept=kept):
+        with rounding_weights(model, grids, kept=kept):
             form = self._calibrated(model, points, data, tools.seed)
             with rounding_activations(
                 model,
@@ -130,7 +139,9 @@ class QAT(Method):
         inputs, outputs = observed_ranges(
             model, points, shown, ranges=self.ranges, percentile=self.percentile
         )
-        return QuantizedForm(self.weight_bits, self.per_channel, inputs, outputs)
+        return QuantizedForm(
+            self.weight_bits, self.per_channel, inputs, outputs, weights=self.weights
+        )
 
     def _trained_by(self, train: Callable[..., Any]) -> Callable[..., Any]:
         return train if self.lr is None else partial(train, lr=self.lr)
@@ -143,6 +154,8 @@ class QAT(Method):
             ranges=self.ranges,
             percentile=self.percentile,
             activations=self.activations,
+            weights=self.weights,
+            equalise=self.equalise,
             batch_size=self.batch_size,
         )
 

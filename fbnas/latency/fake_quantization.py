@@ -1,7 +1,8 @@
 """int8 arithmetic imitated in torch: values rounded to their grids while all is computed in fp32.
 
 The grids are those of ONNX Runtime's static QDQ form: weights w = s q, q whole, |q| <= 2^(b-1) - 1,
-with s from the largest weight of an output channel; activations x = s (q - z), 0 <= q <= 255, with
+with s from the largest weight of an output channel, or w = s (q - z) with s and z from the range of
+a whole tensor; activations x = s (q - z), 0 <= q <= 255, with
 s and z from a range that holds zero. Gradients pass straight through the rounding, and are zero
 where an activation leaves its range (Bengio et al. 2013, arXiv 1308.3432; Jacob et al. 2018, arXiv
 1712.05877, section 3).
@@ -51,6 +52,7 @@ class QuantizedForm:
     Args:
         weight_bits: of convolutions and linear layers; stored in int8, whatever they are.
         per_channel: a scale for every output channel of the weights.
+        weights: symmetric, or asymmetric, with a zero point, one for a whole tensor.
         inputs: of the modules whose input is rounded, (lowest, highest) value.
         outputs: of the modules whose output is rounded.
         method: what made it, for the reader of the file.
@@ -61,6 +63,12 @@ class QuantizedForm:
     inputs: dict[str, Range]
     outputs: dict[str, Range]
     method: str = ""
+    weights: str = "symmetric"
+
+    @property
+    def grids(self) -> "WeightGrids":
+        """What weights are rounded to."""
+        return WeightGrids(self.weight_bits, self.per_channel, self.weights == "symmetric")
 
     def save(self, path: Path | str) -> None:
         """Write it as JSON."""
@@ -79,8 +87,14 @@ class QuantizedForm:
                 {name: (float(low), float(high)) for name, (low, high) in content[key].items()}
                 for key in ("inputs", "outputs")
             )
-            bits, per_channel = int(content["weight_bits"]), bool(content["per_channel"])
-            return cls(bits, per_channel, inputs, outputs, str(content.get("method", "")))
+            return cls(
+                int(content["weight_bits"]),
+                bool(content["per_channel"]),
+                inputs,
+                outputs,
+                str(content.get("method", "")),
+                str(content.get("weights", "symmetric")),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path}: {error} is missing or of the wrong kind; expected what fbnas compress "
@@ -96,23 +110,48 @@ class Points:
     outputs: tuple[str, ...]
 
 
-def weight_scale(weight: Tensor, bits: int, *, per_channel: bool = True) -> Tensor:
-    """Return the step of a weight's grid: (out,), or () for the whole tensor.
+@dataclass(frozen=True)
+class WeightGrids:
+    """The grids of weights (out, ...): of so many bits, for each w[o] or all of w.
 
-    s = max |w| / (2^(bits - 1) - 1), over each w[o] or all of w; 1 where all are zero.
+    Symmetric: s = max |w| / (2^(bits - 1) - 1), z = 0. Asymmetric, for all of w: s = (max(w, 0) -
+    min(w, 0)) / (2^bits - 1), z = round(-min(w, 0) / s) - 2^(bits - 1). s = 1 where all are zero.
     """
-    over = list(range(1, weight.ndim)) if per_channel else list(range(weight.ndim))
-    scale = weight.detach().abs().amax(over) / (2 ** (bits - 1) - 1)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
+    bits: int
+    per_channel: bool = True
+    symmetric: bool = True
 
-def rounded_weight(weight: Tensor, bits: int, *, per_channel: bool = True) -> Tensor:
-    """Return s * round(w / s), |round(w / s)| <= 2^(bits - 1) - 1; the gradient is that of w."""
-    scale, highest = weight_scale(weight, bits, per_channel=per_channel), 2 ** (bits - 1) - 1
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    if not per_channel:
-        return torch.fake_quantize_per_tensor_affine(weight, scale, zero, -highest, highest)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -highest, highest)
+    @property
+    def lowest(self) -> int:
+        """Of the whole numbers q; the highest is 2^(bits - 1) - 1."""
+        return -(2 ** (self.bits - 1)) + int(self.symmetric)
+
+    @property
+    def highest(self) -> int:
+        """Of the whole numbers q."""
+        return 2 ** (self.bits - 1) - 1
+
+    def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return step s and zero point z (int32) of a weight: (out,), or () for the whole."""
+        weight = weight.detach()
+        over = list(range(1, weight.ndim)) if self.per_channel else list(range(weight.ndim))
+        if self.symmetric:
+            scale = weight.abs().amax(over) / self.highest
+        else:
+            low = weight.amin(over).clamp(max=0)
+            scale = (weight.amax(over).clamp(min=0) - low) / (self.highest - self.lowest)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.zeros_like(scale) if self.symmetric else self.lowest - low / scale
+        return scale, zero.round().to(torch.int32)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Return s (q - z), q = round(w / s) + z between the ends; the gradient is that of w."""
+        scale, zero = self.of(weight)
+        ends = self.lowest, self.highest
+        if not self.per_channel:
+            return torch.fake_quantize_per_tensor_affine(weight, scale, zero, *ends)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, *ends)
 
 
 def activation_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,6 +325,7 @@ def rounding_activations(
             {name: _read(module, _INPUT) for kind, name, module in attached if kind == _INPUT},
             {name: _read(module, _OUTPUT) for kind, name, module in attached if kind == _OUTPUT},
             form.method,
+            form.weights,
         )
 
 
@@ -305,16 +345,14 @@ def as_deployed(network: nn.Module, form: QuantizedForm) -> nn.Module:
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                module.weight.copy_(
-                    rounded_weight(module.weight, form.weight_bits, per_channel=form.per_channel)
-                )
+                module.weight.copy_(form.grids.rounded(module.weight))
     _attach(network, form)
     return network
 
 
 @contextmanager
 def rounding_weights(
-    model: nn.Module, bits: int, *, per_channel: bool = True, kept: dict[nn.Module, Tensor]
+    model: nn.Module, grids: WeightGrids, *, kept: dict[nn.Module, Tensor]
 ) -> Iterator[None]:
     """Round the weights of convolutions and linear layers while the block trains them in place.
 
@@ -326,8 +364,8 @@ def rounding_weights(
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for layer in layers:
-        grid = _OnGrid(bits, per_channel, kept.get(layer))
-        parametrize.register_parametrization(layer, "weight", grid)
+        on_grid = _OnGrid(grids, kept.get(layer))
+        parametrize.register_parametrization(layer, "weight", on_grid)
     try:
         yield
     finally:
@@ -340,14 +378,14 @@ class _OnGrid(nn.Module):
 
     mask: Tensor | None
 
-    def __init__(self, bits: int, per_channel: bool, mask: Tensor | None) -> None:
+    def __init__(self, grids: WeightGrids, mask: Tensor | None) -> None:
         super().__init__()
-        self.bits, self.per_channel = bits, per_channel
+        self.grids = grids
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         weight = weight if self.mask is None else weight * self.mask
-        return rounded_weight(weight, self.bits, per_channel=self.per_channel)
+        return self.grids.rounded(weight)
 
 
 _INPUT, _OUTPUT = "input", "output"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fbnas.latency.fake_quantization import QuantizedForm, as_deployed, weight_scale
+from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.lowering import OPSET, store_onnx, trace_onnx
 
 if TYPE_CHECKING:
@@ -120,41 +120,55 @@ class _Lowering:
         if weight is None or weight.ndim not in (2, 4) or not as_torch:
             return
         rows = np.moveaxis(weight, axis, 0)
-        scale = self._steps(rows)
+        scale, zero = self._grid(rows)
         if np.abs(rows / scale - (rows / scale).round()).max() > OFF_GRID:
             return
         bias = self.values.get(node.input[2]) if len(node.input) > 2 else None
         step = self.grids[node.input[0]][2] if node.input[0] in self.grids else None
         if bias is not None and step is not None:
             scale = _wide_enough(scale, rows, np.abs(bias) / (step * BIAS_STEPS))
+            if zero:  # no kernel takes it with a step for every channel
+                scale = np.full_like(scale, scale.max())
             steps = (step * scale.flatten()).astype(np.float32)
             whole = (bias / steps).round().astype(np.int32)
             self._put_dequantized(node, 2, whole, steps, axis=0)
-        whole = np.moveaxis((rows / scale).round().astype(np.int8), 0, axis)
-        self._put_dequantized(node, 1, whole, scale.flatten(), axis=axis)
+        whole = np.moveaxis(((rows / scale).round() + zero).astype(np.int8), 0, axis)
+        steps = scale.flatten()
+        self._put_dequantized(node, 1, whole, steps[0] if zero else steps, axis=axis, zero=zero)
 
-    def _steps(self, rows: np.ndarray) -> np.ndarray:
-        """Return the step of each output channel's grid, (out, 1, ...)."""
-        form, weight = self.form, torch.from_numpy(rows.copy())
-        scale = weight_scale(weight, form.weight_bits, per_channel=form.per_channel)
+    def _grid(self, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the step of each output channel's grid, (out, 1, ...), and the zero point."""
+        scale, zero = self.form.grids.of(torch.from_numpy(rows.copy()))
         wide = scale.reshape(-1, *[1] * (rows.ndim - 1)).expand(len(rows), *[1] * (rows.ndim - 1))
         found: np.ndarray = wide.numpy().astype(np.float32)
-        return found
+        return found, int(zero) if zero.ndim == 0 else 0
 
     def _put_dequantized(
-        self, node: "onnx.NodeProto", place: int, whole: np.ndarray, steps: np.ndarray, *, axis: int
+        self,
+        node: "onnx.NodeProto",
+        place: int,
+        whole: np.ndarray,
+        steps: np.ndarray,
+        *,
+        axis: int,
+        zero: int = 0,
     ) -> None:
-        """Replace a constant input by whole numbers and the node that gives them their steps."""
+        """Replace a constant input by whole numbers and the node that gives them their steps.
+
+        Args:
+            steps: one for every place along the axis, or () for all.
+        """
         import onnx
 
         name = node.input[place]
         names = [
             self._store(f"{name}_quantized", whole),
             self._store(f"{name}_scale", steps),
-            self._store(f"{name}_zero_point", np.zeros(len(steps), whole.dtype)),
+            self._store(f"{name}_zero_point", np.full(steps.shape, zero, whole.dtype)),
         ]
         output = f"{name}_dequantized"
-        made = onnx.helper.make_node("DequantizeLinear", names, [output], axis=axis)
+        along = axis if steps.ndim else None
+        made = onnx.helper.make_node("DequantizeLinear", names, [output], axis=along)
         self.nodes.insert(len(self.nodes) - 1, made)
         node.input[place] = output
 

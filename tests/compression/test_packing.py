@@ -27,7 +27,7 @@ from fbnas.compression.coding import CODERS, LONGEST, coder, huffman_lengths
 from fbnas.compression.packing import MAGIC, _gaps
 from fbnas.compression.weight_sharing import share_
 from fbnas.errors import InputError
-from fbnas.latency.fake_quantization import rounded_weight
+from fbnas.latency.fake_quantization import WeightGrids
 from fbnas.space import save_network
 
 STREAMS = [(n, k) for n in (0, 1, 2, 300, 20_000) for k in (1, 2, 7, 256, 1000)]
@@ -164,7 +164,7 @@ def test_weights_on_a_grid_take_their_bits_and_a_scale_a_channel(name: str, bits
     latent = torch.randn(64, 32, 3, 3, generator=generator)
     latent *= torch.rand(64, 1, 1, 1, generator=generator) + 0.1
     latent[5] = 0  # a dead channel
-    weight = rounded_weight(latent, bits, per_channel=True)
+    weight = WeightGrids(bits).rounded(latent)
     data = pack({"w": weight, "almost": weight + 1e-6 * latent}, name)
     found = unpack(data)
     row, almost = describe(data)

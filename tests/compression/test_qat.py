@@ -25,6 +25,7 @@ from fbnas.compression import (
     quantize_file,
     unpack,
 )
+from fbnas.compression.equalisation import equalise_network_
 from fbnas.compression.folding import fold_bn_
 from fbnas.compression.holding import weighted
 from fbnas.compression.method import Tools
@@ -34,11 +35,11 @@ from fbnas.latency.devices import Device
 from fbnas.latency.fake_quantization import (
     Points,
     QuantizedForm,
+    WeightGrids,
     as_deployed,
     observed_ranges,
     quantized_points,
     rounded_activation,
-    rounded_weight,
     rounding_weights,
 )
 from fbnas.space import load_network, save_network
@@ -136,25 +137,29 @@ def test_the_file_holds_the_trained_grids_and_integers_of_few_bits(
     assert all(min(abs(scale / x - 1) for x in wanted) < 1e-5 for scale in scales)
 
 
+def integer_layers(path: Path, folder: Path) -> tuple[int, int]:
+    """How many convolutions and linear layers ONNX Runtime computes in int8, where all are."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+    assert {"Conv", "Gemm", "Add", "Relu", "GlobalAveragePool"} & set(found) == set()
+    return found.count("QLinearConv"), found.count("QGemm")
+
+
 def test_every_layer_runs_in_int8(made: tuple[nn.Module, Rounded], tmp_path: Path) -> None:
     network, rounded = made
     export_int8_onnx(network, rounded.form, tmp_path / "q.onnx")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    onnxruntime.InferenceSession(tmp_path / "q.onnx", options, providers=["CPUExecutionProvider"])
-    found = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     convolutions = sum(isinstance(m, nn.Conv2d) for m in network.modules())
-    assert found.count("QLinearConv") == convolutions
-    assert found.count("QGemm") == 1
-    assert {"Conv", "Gemm", "Add", "Relu", "GlobalAveragePool"} & set(found) == set()
+    assert integer_layers(tmp_path / "q.onnx", tmp_path) == (convolutions, 1)
 
 
 def test_what_is_left_is_plain(made: tuple[nn.Module, Rounded]) -> None:
     network, rounded = made
     bits = rounded.form.weight_bits
     for layer in weighted(network):
-        assert torch.allclose(rounded_weight(layer.weight, bits), layer.weight, rtol=1e-6)
+        assert torch.allclose(WeightGrids(bits).rounded(layer.weight), layer.weight, rtol=1e-6)
         levels = {len(row.unique()) for row in layer.weight.flatten(1)}
         assert max(levels) <= 2**bits - 1
         assert type(layer) in (nn.Conv2d, nn.Linear, DepthwiseConv2d)
@@ -201,6 +206,8 @@ def test_weights_of_another_network_are_refused_still(trained: Trained, tmp_path
         {"ranges": "percentile", "percentile": 99.0},
         {"ranges": "entropy"},
         {"activations": "symmetric"},
+        {"weights": "asymmetric", "per_channel": False},
+        {"equalise": True},
     ],
     ids=lambda options: " ".join(map(str, options.values())) or "default",
 )
@@ -308,7 +315,7 @@ def test_weights_are_rounded_to_their_grid(bits: int, per_channel: bool) -> None
     weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     weight[2] = 0
     highest = 2 ** (bits - 1) - 1
-    found = rounded_weight(weight, bits, per_channel=per_channel).numpy()
+    found = WeightGrids(bits, per_channel).rounded(weight).numpy()
     array = weight.numpy().astype(np.float64)
     largest = np.abs(array).max((1, 2, 3), keepdims=True) if per_channel else np.abs(array).max()
     scale = np.where(largest > 0, largest / highest, 1.0)
@@ -317,9 +324,75 @@ def test_weights_are_rounded_to_their_grid(bits: int, per_channel: bool) -> None
     assert not found[2].any()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shift", [-0.5, 0.0, 7.0])
+def test_asymmetric_weights_take_all_levels_of_their_range(bits: int, shift: float) -> None:
+    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)) + shift
+    grids = WeightGrids(bits, per_channel=False, symmetric=False)
+    found = grids.rounded(weight)
+    array = weight.numpy().astype(np.float64)
+    low, high = min(array.min(), 0), max(array.max(), 0)
+    step, lowest = (high - low) / (2**bits - 1), -(2 ** (bits - 1))
+    zero = np.rint(lowest - low / step)
+    levels = np.clip(np.rint(array / step) + zero, lowest, -lowest - 1)
+    np.testing.assert_allclose(found.numpy(), step * (levels - zero), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(grids.rounded(found), found, rtol=1e-5)  # what is rounded stays
+    if low < 0 < high:
+        assert (levels.min(), levels.max()) == (lowest, -lowest - 1)
+    assert not WeightGrids(bits, False, False).rounded(torch.zeros(2, 3)).any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_asymmetric_weights_run_in_int8_as_they_were_trained(
+    bits: int, trained: Trained, tmp_path: Path
+) -> None:
+    network = copy.deepcopy(trained.network)
+    method = QAT(weight_bits=bits, per_channel=False, weights="asymmetric", equalise=True)
+    applied = method.apply_(
+        network, tools(trained.data, lambda n: train(n, trained.data, settings=SETTINGS))
+    )
+    (rounded,) = applied.changes
+    rounded.form.save(tmp_path / "form.json")
+    assert QuantizedForm.load(tmp_path / "form.json") == rounded.form
+    path = tmp_path / "q.onnx"
+    export_int8_onnx(network, rounded.form, path, card=trained.card)
+    found = judge(path, trained.data)
+    expected = accuracy(as_deployed(network, rounded.form), trained.data)
+    assert abs(found - expected) <= SAME / len(trained.data.validation)
+    assert expected == max(rounded.ptq_accuracy, rounded.qat_accuracy)
+    graph = onnx.load(path).graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    zeros = [
+        stored[node.input[2]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear"
+        and node.input[0] in stored
+        and stored[node.input[0]].dtype == np.int8
+    ]
+    assert len(zeros) == len(weighted(network))
+    assert all(zero.shape in ((), (1,)) or not zero.any() for zero in zeros)
+    assert any(zero.any() for zero in zeros)
+    assert integer_layers(path, tmp_path) == (len(weighted(network)) - 1, 1)
+
+
+def test_equalised_a_network_computes_the_same(trained: Trained) -> None:
+    network = copy.deepcopy(trained.network).eval()
+    fold_bn_(network, (1, 8, 8))
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = network(images)
+        pairs = equalise_network_(network, (1, 8, 8))
+        assert torch.allclose(network(images), before, rtol=1e-4, atol=1e-4)
+    layers = dict(network.named_modules())
+    assert ("layers.0.expand.0", "layers.0.depthwise.0") in pairs
+    first, second = (layers[name].weight.detach() for name in pairs[0])
+    reach = first.flatten(1).abs().amax(1), second.flatten(1).abs().amax(1)
+    assert torch.allclose(*reach, rtol=0.05)  # a depthwise layer has the channels of the first
+
+
 def test_gradients_pass_straight_through_but_for_what_is_cut_off() -> None:
     weight = torch.randn(4, 8, requires_grad=True, generator=torch.Generator().manual_seed(0))
-    (rounded_weight(weight, 4) * torch.arange(8.0)).sum().backward()
+    (WeightGrids(4).rounded(weight) * torch.arange(8.0)).sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.arange(8.0).expand(4, 8))
     values = torch.tensor([-2.0, -0.91, 0.01, 1.91, 2.5], requires_grad=True)
@@ -341,7 +414,7 @@ def test_pruned_weights_stay_and_rounded_ones_may_come_back() -> None:
     layer = nn.Linear(3, 1, bias=False)
     layer.weight = nn.Parameter(torch.tensor([[1.0, 0.001, 0.0]]))
     kept = {layer: torch.tensor([[1.0, 1.0, 0.0]])}
-    with rounding_weights(layer, 8, kept=kept):
+    with rounding_weights(layer, WeightGrids(8), kept=kept):
         assert layer.weight.tolist() == [[1.0, 0.0, 0.0]]
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
         (-layer(torch.ones(1, 3))).sum().backward()
