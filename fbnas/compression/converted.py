@@ -35,10 +35,13 @@ class Converted:
         return sum(len(images) for images in self.calibration)
 
     @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return layer_names(self.network, self.input_shape)
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of modules two deep that have convolutions or linear layers, in order."""
-        names = layer_names(self.network, self.input_shape)
-        return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+        return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in self._names))
 
     def write(self, path: Path, float_layers: Collection[str] = (), *, draft: bool = False) -> Path:
         """Write the file in which all but these compute in int8, and return its path.
@@ -59,7 +62,7 @@ class Converted:
             batch=1,
             calibration=[self.calibration[0][:1]] if draft else self.calibration,
             converter=self.device.converting_python,
-            float_layers=in_float(self.network, self.input_shape, float_layers)
+            float_layers=in_float(self._names, float_layers)
             if float_layers and not everything
             else (),
         )

@@ -26,7 +26,7 @@ from fbnas.export.onnx import (
 )
 from fbnas.files import atomic_write, write_json
 from fbnas.latency import model_files
-from fbnas.latency.converting import convert, in_float
+from fbnas.latency.converting import convert, in_float, layer_names
 from fbnas.latency.devices import Device
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.lowering import OPSET, quantize_onnx
@@ -180,7 +180,9 @@ def _convert(
         calibration=shown,
         converter=device.converting_python,
         text=json.dumps(content),
-        float_layers=in_float(network, card.input_shape, float_layers) if float_layers else (),
+        float_layers=in_float(layer_names(network, card.input_shape), float_layers)
+        if float_layers
+        else (),
     )
     embed(path, content)
     write_json(sidecar(path), content)

@@ -140,19 +140,15 @@ def layer_names(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[s
     )
 
 
-def in_float(
-    module: nn.Module, input_shape: tuple[int, int, int], parts: Collection[str]
-) -> list[bool]:
+def in_float(names: Sequence[str], parts: Collection[str]) -> list[bool]:
     """Return for each of `layer_names` whether it is, or is within, one of some parts.
 
     Args:
         parts: names of modules: layers.3 has layers.3.conv in it.
 
     Raises:
-        ConversionError: the module's code cannot be traced.
         InputError: a part has no layer.
     """
-    names = layer_names(module, input_shape)
     lost = [part for part in parts if not any(_is_within(name, part) for name in names)]
     if lost:
         raise InputError(

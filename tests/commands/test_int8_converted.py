@@ -90,7 +90,7 @@ def test_the_block_that_int8_makes_slower_is_left_in_float(
     kept = run / "models" / "int8.pt2"
     assert found["measured"]["mixed_ms"] == latency(kept)
     network, card = load_network(run / "train")
-    expected = in_float(network, card.input_shape, ["head.0"])
+    expected = in_float(layer_names(network, card.input_shape), ["head.0"])
     assert content(kept)["left"] == expected
     assert content(kept)["images"] == 8
     assert json.loads(sidecar(kept).read_text())["precision"] == "int8"

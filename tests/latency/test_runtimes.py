@@ -235,7 +235,7 @@ def test_the_layers_that_are_named_stay_in_float(bench: Bench, tmp_path: Path) -
             SHAPE,
             tmp_path / "_".join(parts),
             precision="int8",
-            float_layers=in_float(module, SHAPE, parts),
+            float_layers=in_float(layer_names(module, SHAPE), parts),
         )
         return difference(
             bench.outputs(path, [images(SHAPE)], provider)[0][0], module, images(SHAPE)
@@ -259,11 +259,11 @@ def test_layers_are_named_by_themselves_or_what_holds_them() -> None:
     names = layer_names(module, shape_of("network"))
     assert names[0] == "stem.0"
     assert names[-1] == "classifier.linear"
-    found = in_float(module, shape_of("network"), ["layers.1", "head.0"])
+    found = in_float(names, ["layers.1", "head.0"])
     chosen = [name for name, left in zip(names, found, strict=True) if left]
     assert chosen == [name for name in names if name.startswith("layers.1.")] + ["head.0"]
     with pytest.raises(InputError, match=r"float_layers names layers\.99"):
-        in_float(module, shape_of("network"), ["layers.1", "layers.99"])
+        in_float(names, ["layers.1", "layers.99"])
     with pytest.raises(InputError, match="onnxruntime converts whole networks"):
         convert(
             "onnxruntime",
