@@ -64,6 +64,7 @@ class Stage:
     timing: Timing | None = None
     accuracy_top1: float = 0.0
     note: str = ""  # on how it was made
+    kept: str = ""  # what is told of its accuracy where it is accepted
 
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """Return the stage as in result.json."""
@@ -186,7 +187,8 @@ class Judge:
             stage.accepted = False
             stage.reason = f"rejected: slower, {speed} ({noise})"
         else:
-            stage.reason = f"accepted: {speed} ({noise}), validation accuracy {0.0 - drop:+.4f}"
+            stage.kept = f", validation accuracy {0.0 - drop:+.4f}"
+            stage.reason = f"accepted: {speed} ({noise}){stage.kept}"
         stage.reason += stage.note
 
     def _ratio(self, stage: Stage, best: Stage) -> tuple[float, float]:
@@ -204,20 +206,27 @@ def final_measurement(stages: Sequence[Stage], device: AnyDevice, *, seed: int) 
 
     An accepted stage that this measurement finds slower than one accepted before it is rejected
     after all: its decision was made on another measurement, and stages that each were as fast as
-    the one before within the noise may not be so together.
+    the one before within the noise may not be so together. What reasons tell of speed is what this
+    measurement found, as the table does.
     """
     files = [stage.path for stage in stages]
     measurement = device.measure_quietly(files, "Timing all stages", seed=seed + 1)
     fastest, least_ms = "", math.inf  # of those accepted so far
     for stage, timing in zip(stages, measurement.whole, strict=True):
         stage.timing, ms = timing, timing.latency_ms
-        if stage.accepted and ms > least_ms * allowed_ratio(measurement.noise_floor):
+        if not stage.accepted:
+            continue
+        speed = f"{least_ms / ms:.2f} times as fast as {fastest}"
+        noise = f"(noise {100 * measurement.noise_floor:.1f} %)"
+        if ms > least_ms * allowed_ratio(measurement.noise_floor):
             stage.accepted = False
             stage.reason = (
-                f"rejected: slower when all stages were timed together, {least_ms / ms:.2f} times "
-                f"as fast as {fastest} (noise {100 * measurement.noise_floor:.1f} %){stage.note}"
+                f"rejected: slower when all stages were timed together, {speed} {noise}{stage.note}"
             )
-        elif stage.accepted and ms < least_ms:
+            continue
+        if fastest:
+            stage.reason = f"accepted: {speed} {noise}{stage.kept}{stage.note}"
+        if ms < least_ms:
             fastest, least_ms = stage.name, ms
     return measurement.noise_floor
 
