@@ -413,7 +413,7 @@ def quietly(study: Study, files: Sequence[Path], seed: int) -> Measurement:
 
 
 def train_all(study: Study) -> None:
-    """Train, export and judge what is not yet: the first seed's networks first."""
+    """Train, export and judge what is not yet: families last, as most is said of the others."""
     options, out, data = study.options, study.work / "trained.csv", study.data
     settings = TrainingSettings(
         epochs=options.train_epochs,
@@ -422,7 +422,8 @@ def train_all(study: Study) -> None:
         device=options.torch_device,
     )
     shown = calibration_images(data)
-    mine = part_of([row for _, row in study.networks().iterrows()], options.part)
+    rows = [row for _, row in study.networks().iterrows()]
+    mine = part_of(sorted(rows, key=lambda row: (row.kind == FAMILY, row.seed)), options.part)
     left = [r for r in mine if not is_known(rows_of(out), seed=r.seed, name=r["name"])]
     for number, row in enumerate(left, start=1):
         started, one, seed = time.monotonic(), Contender.of_row(row), int(row.seed)
@@ -459,14 +460,14 @@ def train_all(study: Study) -> None:
 
 def measure(study: Study) -> None:
     """Every file that was judged, all against each other, or nothing if that is done."""
-    networks, out = study.networks()[["seed", "name"]], study.work / "latency.csv"
-    known = rows_of(out)
-    if not known.empty and len(networks.merge(known, on=["seed", "name"])) == len(networks):
+    keys, out = ["seed", "name"], study.work / "latency.csv"
+    known, judged = rows_of(out), rows_of(study.work / "trained.csv")
+    if judged.empty:
+        sys.exit("No network is trained yet; run --steps train")
+    networks = study.networks()[keys].merge(judged[keys], on=keys)
+    if not known.empty and len(networks.merge(known, on=keys)) == len(networks):
         return
     files = [study.file(r.seed, r.name) for r in networks.itertuples(index=False)]
-    missing = [path for path in files if not path.is_file()]
-    if missing:
-        sys.exit(f"{len(missing)} networks are not trained yet; run --steps train")
     found = quietly(study, files, 0)
     networks.assign(
         measured_ms=[timing.latency_ms for timing in found.whole],
@@ -477,12 +478,12 @@ def measure(study: Study) -> None:
 
 
 def report(study: Study) -> None:
-    """The page. Needs every network trained and measured."""
+    """The page, of what is trained and measured; it says what is not."""
     networks, keys, options = study.networks(), ["seed", "name"], study.options
     result = networks.merge(rows_of(study.work / "trained.csv"), on=keys)
     result = result.merge(rows_of(study.work / "latency.csv"), on=keys)
-    if len(result) < len(networks):
-        sys.exit("Some networks are not trained or measured yet; run --steps train,measure")
+    if not {SEARCHED, RANDOM} <= set(result.kind):
+        sys.exit("Too few networks are trained and measured yet; run --steps train,measure")
     result["budget_ms"] = result.fraction.map(
         {fraction: study.budget_ms(fraction) for fraction in study.fractions}
     )
@@ -497,8 +498,22 @@ def report(study: Study) -> None:
         f"trainings of {options.train_epochs} epochs, once per seed ({options.seeds}). Accuracy "
         "and latency are of the same int8 file, written after training in fp32. Searched and "
         f"random networks use {options.least:g} to 1.0 of the budget by the table.",
+        *absent(networks, result),
     ]
     write_page(result, rows_of(study.work / "seconds.csv"), about, options.out)
+
+
+def absent(networks: pd.DataFrame, result: pd.DataFrame) -> list[str]:
+    """Say which networks are not on the page, by kind and seed."""
+    known = set(zip(result.seed, result.name, strict=True))
+    lost = networks[[(r.seed, r.name) not in known for r in networks.itertuples(index=False)]]
+    if lost.empty:
+        return []
+    kinds = "; ".join(
+        f"{len(part)} of kind {kind} (seeds {', '.join(map(str, sorted(set(part.seed))))})"
+        for kind, part in lost.groupby("kind")
+    )
+    return ["", f"**Not trained yet: {kinds}.**"]
 
 
 def check_options(options: argparse.Namespace) -> None:
