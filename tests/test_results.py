@@ -126,6 +126,17 @@ def test_the_verdict_says_who_won(own: tuple[float, float], random: float, said:
     assert ("search lost" in line) == (said == "worse")
 
 
+def test_a_seed_without_families_is_compared_with_the_others() -> None:
+    result = made_result((0.6, 0.7), random=0.5)
+    some = result[(result.kind != "family") | (result.seed == 0)]
+    (found,) = COMPARE.compared(some)
+    assert found.frontier.dropna().tolist() == pytest.approx([0.4])
+    assert "one seed, no spread to judge by" in COMPARE.verdicts([found])[2]
+    (none,) = COMPARE.compared(result[result.kind != "family"])
+    assert "nothing to compare" in COMPARE.verdicts([none])[2]
+    assert COMPARE.compared(result[result.kind != "searched"]) == []
+
+
 def test_the_page_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,22 +200,28 @@ def known_layers(
 ) -> KnownLayers | None:
     """Return which layers `fbnas compress` or `run` left in float, and say what is known.
 
-    None where no int8 file is wanted that it holds for, or one with the grids of its training.
+    None where no int8 file is wanted that it holds for, but for one with the grids of its training.
     """
-    if source is None or (source / FORM_FILE).is_file() or not config["float_layers"]:
+    if source is None or not config["float_layers"]:
         return None
+    trained = (source / FORM_FILE).is_file()
     known = KnownLayers.read(source, Path(config["model"]) / "models")  # of compress, of a run
-    if known is None or not any(
-        (each.suffix, precision) == (known.suffix, "int8") for each, precision in wanted
-    ):
+    formats = [
+        each.name
+        for each, precision in wanted
+        if known is not None
+        and (each.runtime, precision) == (known.runtime, "int8")
+        and not (trained and each.suffix in THROUGH_ONNX)
+    ]
+    if known is None or not formats:
         return None
     where = f"on the device that {config['model']} was made for"
     if not known.pays:
         print(f"int8 is slower than fp32 {where}; it is written all the same")
     elif known.layers:
         print(
-            f"{len(known.layers)} layers of the int8 {known.suffix} file compute in float: that is "
-            f"better {where} (float_layers=false for none)"
+            f"{len(known.layers)} {known.noun} of the int8 {formats[0]} file compute in float: "
+            f"that is better {where} (float_layers=false for none)"
         )
     return known
 
@@ -346,7 +352,7 @@ class Job:
             opset=self.config["opset"],
             least_agreement=self.config["agreement"],
             float_layers=self.known.layers
-            if self.known is not None and self.known.suffix == path.suffix
+            if self.known is not None and self.known.runtime == device.runtime
             else (),
         )
 

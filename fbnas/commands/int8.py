@@ -13,9 +13,10 @@ from fbnas.compression.paying import Latencies, LayerCost, Mixable
 from fbnas.compression.sensitivity import Sensitivity
 from fbnas.export import scores_of_file
 from fbnas.files import atomic_write, read_json, write_json
-from fbnas.latency.devices import Measurement
+from fbnas.latency.devices import Device, Measurement
 from fbnas.latency.model_files import digest
 from fbnas.latency.profiling import AnyDevice
+from fbnas.latency.runtimes import suffixes
 from fbnas.report.bars import Bar, write_bars
 from fbnas.training.data import Data
 from fbnas.training.heads import task_of
@@ -23,6 +24,7 @@ from fbnas.training.heads import task_of
 TABLE, PLOT = "sensitivity.csv", "sensitivity.html"
 COSTS_TABLE, COSTS_PLOT = "int8_saves.csv", "int8_saves.html"
 RECORD = "int8.layers.json"  # beside the int8 file
+JUDGING = "onnxruntime"  # what is judged and not measured holds for it
 
 
 def quantized(
@@ -35,6 +37,7 @@ def quantized(
     scored_on: AnyDevice | None = None,
     seed: int,
     by: Mixable | None = None,
+    made_from: Path | None = None,
 ) -> dict[str, Any]:
     """Write the int8 form of an exported file, its sensitivities beside it, and print the findings.
 
@@ -45,18 +48,21 @@ def quantized(
         data: with the mean and std that the file wants.
         measured_on: where int8 must pay; None: nothing is measured.
         scored_on: whose runtime computes scores; None: ONNX Runtime here.
-        by: what writes int8 files, where the source is no ONNX file.
+        by: what writes int8 files, where the source is no ONNX file; the caller writes the target
+            anew then.
+        made_from: the file that what was found holds for, if not the source: a converter writes
+            other bytes each time.
     """
 
     def measure(files: Sequence[Path]) -> Measurement:
         assert measured_on is not None
         return measured_on.measure_quietly(files, "Timing int8 and float layers", seed=seed)
 
-    record = target.with_name(RECORD)
-    if target.is_file() and record.is_file():
+    record, made_from = target.with_name(RECORD), made_from or source
+    if record.is_file() and (by is not None or target.is_file()):
         before = read_json(record)
-        if before.pop("source") == digest(source):
-            before.pop("suffix", None)
+        if before.pop("source") == digest(made_from):
+            before.pop("runtime", None)
             return dict(before)
     record.unlink(missing_ok=True)
     can_measure = measured_on is not None and (by is not None or reads_onnx(measured_on))
@@ -73,12 +79,13 @@ def quantized(
     )
     if report.sensitivities:
         write_sensitivities(target.parent, report)
-    for line in told(report):
+    for line in told(report, "layers" if by is None else "blocks"):
         print(line)
     if report.latencies is not None and report.latencies.layer_costs:
         write_layer_costs(target.parent, report, report.latencies)
     found = as_fields(report)
-    write_json(record, {"source": digest(source), "suffix": target.suffix, **found})
+    runtime = measured_on.runtime if isinstance(measured_on, Device) and can_measure else JUDGING
+    write_json(record, {"source": digest(made_from), "runtime": runtime, **found})
     return found
 
 
@@ -86,13 +93,18 @@ def quantized(
 class KnownLayers:
     """What a command found out of int8: the layers left in float, and whether int8 pays at all.
 
-    `suffix`: of the files that it holds for. In .onnx layers are named as in the fp32 file, in
-    others as the modules.
+    `runtime`: that it holds for. Of one that reads ONNX files layers are named as in the fp32 file,
+    of others as the modules.
     """
 
     layers: tuple[str, ...]
     pays: bool
-    suffix: str
+    runtime: str
+
+    @property
+    def noun(self) -> str:
+        """What they are: a converter leaves whole blocks."""
+        return "layers" if suffixes(self.runtime)[0] == ".onnx" else "blocks"
 
     @classmethod
     def read(cls, *folders: Path) -> "KnownLayers | None":
@@ -101,7 +113,7 @@ class KnownLayers:
             if (folder / RECORD).is_file():
                 found = read_json(folder / RECORD)
                 layers = (*found["float_for_accuracy"], *found["float_for_speed"])
-                return cls(layers, found["pays"], found.get("suffix", ".onnx"))
+                return cls(layers, found["pays"], found.get("runtime", JUDGING))
         return None
 
 
@@ -110,8 +122,8 @@ def reads_onnx(device: AnyDevice) -> bool:
     return device.kind != "roofline" and device.suffix == ".onnx"
 
 
-def told(report: QuantizationReport) -> list[str]:
-    """Say in words which layers were left in float, and what was measured."""
+def told(report: QuantizationReport, noun: str = "layers") -> list[str]:
+    """Say in words which layers, or blocks, were left in float, and what was measured."""
     lines = []
     for layers, why in (
         (report.accurate_layers, "for accuracy"),
@@ -120,7 +132,7 @@ def told(report: QuantizationReport) -> list[str]:
         if layers:
             names = ", ".join(short(name) for name in layers)
             lines.append(
-                f"{len(layers)} of {len(report.layers)} layers left in float {why}: {names}"
+                f"{len(layers)} of {len(report.layers)} {noun} left in float {why}: {names}"
             )
     found = report.latencies
     if found is not None:

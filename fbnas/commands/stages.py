@@ -206,8 +206,8 @@ def final_measurement(stages: Sequence[Stage], device: AnyDevice, *, seed: int) 
 
     An accepted stage that this measurement finds slower than one accepted before it is rejected
     after all: its decision was made on another measurement, and stages that each were as fast as
-    the one before within the noise may not be so together. What reasons tell of speed is what this
-    measurement found, as the table does.
+    the one before within the noise may not be so together. What the reasons of accepted stages
+    tell of speed is what this measurement found, as the table does.
     """
     files = [stage.path for stage in stages]
     measurement = device.measure_quietly(files, "Timing all stages", seed=seed + 1)
@@ -274,7 +274,11 @@ def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
             images = calibration_images(run.data, method, seed=run.config["seed"])
             assert isinstance(int8, Device)  # a planned one reads ONNX files
             by = Converted(network, card.input_shape, int8, images)
-            stage.note, left = _mixed(run, best, path, allowed_drop, by=by)
+            try:
+                stage.note, left = _mixed(run, best, path, allowed_drop, by=by)
+            except InputError as error:
+                print(f"No block of int8 is left in float: {error}")
+                left = ()
             export_file(network, path, int8, card=card, calibration=images, float_layers=left)
         stage.validation_accuracy = _accuracy(path, run.data, run.data.validation, int8)
     except InputError as error:
@@ -305,9 +309,11 @@ def _mixed(
         scored_on=replace(run.device, precision=INT8),
         seed=run.config["seed"],
         by=by,
+        made_from=None if by is None else run.folder / best.network / "weights.safetensors",
     )
     left = tuple(dict.fromkeys((*found["float_for_accuracy"], *found["float_for_speed"])))
-    return (f", {len(left)} of {found['layers']} layers in float" if left else ""), left
+    noun = "layers" if by is None else "blocks"
+    return (f", {len(left)} of {found['layers']} {noun} in float" if left else ""), left
 
 
 def _accuracy(path: Path, data: Data, images: Any, device: AnyDevice) -> float:

@@ -47,7 +47,7 @@ from fbnas.compression.quantization import (
     sensitivity,
 )
 from fbnas.compression.sparsity import LayerSparsity, Sparsity
-from fbnas.compression.ternary import Ternary, pack_ternary, unpack_ternary
+from fbnas.compression.ternary import Ternary
 from fbnas.compression.weight_sharing import SharedLayer, WeightSharing, sharing_rate
 from fbnas.errors import InputError
 from fbnas.latency.lowering import write_onnx
@@ -101,7 +101,6 @@ __all__ = [
     "held",
     "load_any",
     "pack",
-    "pack_ternary",
     "quantize_file",
     "read_packed",
     "sensitivity",
@@ -109,7 +108,6 @@ __all__ = [
     "sharing_rate",
     "unpack",
     "unpack_",
-    "unpack_ternary",
     "weighted",
     "write_packed",
 ]

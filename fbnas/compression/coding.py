@@ -1,5 +1,6 @@
-"""Entropy coders: whole numbers below k to bytes and back, a canonical Huffman code and better.
+"""Coders: whole numbers below k to bytes and back, in fixed bits, a Huffman code, and better.
 
+Fixed bits are ceil(log2 k) a symbol, 2 of ternary weights, as formulas of rates have them.
 Huffman spends whole bits on a symbol and keeps its code lengths in the bytes. The arithmetic coder
 spends fractions of bits, follows frequencies that change along the way, and keeps no table: it
 learns the frequencies while it reads as it did while it wrote. It is an asymmetric numeral system
@@ -281,7 +282,26 @@ def _adaptive_bits(counts: np.ndarray) -> float:
     return min(nats / math.log(2) + 32 * _lanes(n) + 8, _huffman_bits(counts))
 
 
+def _fixed_bits(k: int) -> int:
+    return (k - 1).bit_length()
+
+
+def _fixed_encode(symbols: np.ndarray, k: int) -> bytes:
+    places = np.arange(_fixed_bits(k))[::-1]
+    bits = symbols[:, None] >> places & 1
+    return np.packbits(bits.astype(np.uint8).reshape(-1)).tobytes()
+
+
+def _fixed_decode(data: bytes, n: int, k: int) -> np.ndarray:
+    width = _fixed_bits(k)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=n * width).reshape(n, width)
+    return bits.astype(np.int64) @ (1 << np.arange(width)[::-1])
+
+
 CODERS = {
+    "fixed": Coder(
+        _fixed_encode, _fixed_decode, lambda counts: float(counts.sum() * _fixed_bits(len(counts)))
+    ),
     "huffman": Coder(_huffman_encode, _huffman_decode, _huffman_bits),
     "arithmetic": Coder(_arithmetic_encode, _arithmetic_decode, _adaptive_bits),
 }

@@ -12,7 +12,7 @@ Relative positions are those of Han et al. 2016 (arXiv 1510.00149, section 2): t
 weight in a fixed number of bits, with filler zeros where more come. Here the largest number of so
 many bits is the filler: that many zeros and no weight, which needs no index. The number of bits, 1
 to 8, and whether rows or columns are gone through, are those that give the fewest bytes. Indices
-and positions are coded by `coding`: Huffman's code as in the paper's section 4, or better.
+and positions are coded by `coding`: Huffman's code as in the paper's section 4, better, or not.
 
 A file: the magic bytes, CRC-32 of all that follows, length of the header (both uint32, little
 endian), the header (JSON, deflated), then the parts of each tensor in its order.
@@ -98,7 +98,7 @@ def pack(model: nn.Module | Mapping[str, Tensor], coder: str = "huffman") -> byt
 
     Args:
         model: or its `state_dict()`.
-        coder: huffman or arithmetic; the latter is smaller and a few times slower.
+        coder: huffman; arithmetic, which is smaller and a few times slower; or fixed bits.
 
     Raises:
         InputError: an unknown coder, or a tensor of a type that is not stored.

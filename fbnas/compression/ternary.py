@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -167,49 +166,3 @@ class _Ternarize(torch.autograd.Function):
         of_scales = torch.stack([(gradient * positive).sum(), -(gradient * negative).sum()])
         factor = torch.where(positive, up, torch.where(negative, down, torch.ones_like(up)))
         return gradient * factor, of_scales, None
-
-
-def pack_ternary(weight: Tensor) -> tuple[bytes, float, float]:
-    """Return 2-bit codes of ternary weights, four a byte, the first lowest, and Wp and Wn.
-
-    Codes: 0 of zero, 1 of +Wp, 2 of -Wn. Weights come in the order of their memory's rows.
-
-    Raises:
-        InputError: the weights have other values.
-    """
-    flat = weight.detach().flatten().cpu().numpy()
-    ups, downs = np.unique(flat[flat > 0]), np.unique(flat[flat < 0])
-    if len(ups) > 1 or len(downs) > 1 or not np.isfinite(flat).all():
-        raise InputError(
-            f"The weights have {len(np.unique(flat))} values; expected ternary ones, "
-            "of {-Wn, 0, +Wp}."
-        )
-    codes = np.where(flat > 0, 1, np.where(flat < 0, 2, 0)).astype(np.uint8)
-    codes = np.pad(codes, (0, -len(codes) % 4)).reshape(-1, 4)
-    packed = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(1, dtype=np.uint8)
-    up, down = (float(abs(side[0])) if len(side) else 0.0 for side in (ups, downs))
-    return packed.tobytes(), up, down
-
-
-def unpack_ternary(packed: bytes, up: float, down: float, shape: Sequence[int]) -> Tensor:
-    """Return the weights (float32) that `pack_ternary` packed.
-
-    Args:
-        up, down: Wp and Wn.
-        shape: of the weights.
-
-    Raises:
-        InputError: another number of bytes than the shape needs, or a code that means nothing.
-    """
-    length = int(np.prod(shape))
-    if len(packed) != -(-length // 4):
-        raise InputError(
-            f"{len(packed)} bytes of ternary weights; expected {-(-length // 4)}, four weights a "
-            f"byte, for shape {tuple(shape)}."
-        )
-    every = np.frombuffer(packed, np.uint8)
-    codes = ((every[:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3).reshape(-1)[:length]
-    if (codes == 3).any():
-        raise InputError("Ternary weights with a code of 3; expected 0, 1 and 2: damaged bytes.")
-    values = torch.tensor([0.0, up, -down], dtype=torch.float32)
-    return values[torch.from_numpy(codes.astype(np.int64))].reshape(tuple(shape))

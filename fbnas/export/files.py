@@ -181,7 +181,7 @@ def _convert(
         converter=device.converting_python,
         text=json.dumps(content),
         float_layers=in_float(layer_names(network, card.input_shape), float_layers)
-        if float_layers
+        if float_layers and device.precision == "int8"
         else (),
     )
     embed(path, content)

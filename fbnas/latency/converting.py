@@ -124,17 +124,18 @@ def pieces(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def layer_names(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[str, ...]:
     """Return the names of convolutions and linear layers, in the order in which they compute.
 
-    Those of parameters, less ".weight": layers.3.conv. One that computes twice is there twice.
+    Those of their weights, less ".weight": layers.3.conv. One that computes twice is there twice.
 
     Raises:
         ConversionError: the module's code cannot be traced.
     """
     module = copy.deepcopy(module).cpu().float().eval()
     program = _program(module, (1, *input_shape))
-    names = program.graph_signature.inputs_to_parameters
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     aten = torch.ops.aten
     return tuple(
-        names.get(node.args[1].name, node.name).removesuffix(".weight")
+        names.get(node.args[1].name, "").rpartition(".")[0] or node.name
         for node in program.graph.nodes
         if getattr(node.target, "overloadpacket", None) in (aten.conv2d, aten.linear)
     )

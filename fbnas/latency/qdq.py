@@ -126,9 +126,11 @@ class _Lowering:
         bias = self.values.get(node.input[2]) if len(node.input) > 2 else None
         step = self.grids[node.input[0]][2] if node.input[0] in self.grids else None
         if bias is not None and step is not None:
-            scale = _wide_enough(scale, rows, np.abs(bias) / (step * BIAS_STEPS))
+            least = np.abs(bias) / (step * BIAS_STEPS)
             if zero:  # no kernel takes it with a step for every channel
-                scale = np.full_like(scale, scale.max())
+                scale = np.maximum(scale, np.float32(least.max()))
+            else:
+                scale = _wide_enough(scale, rows, least)
             steps = (step * scale.flatten()).astype(np.float32)
             whole = (bias / steps).round().astype(np.int32)
             self._put_dequantized(node, 2, whole, steps, axis=0)

@@ -49,6 +49,8 @@ def compared(result: pd.DataFrame, kind: str = SEARCHED) -> list[Compared]:
     families = result[result.kind == FAMILY]
     for fraction, part in result[result.fraction.notna()].groupby("fraction"):
         own = part[part.kind == kind].set_index("seed")
+        if own.empty:
+            continue
         random = part[part.kind == RANDOM]
         off = random.measured_ms / random.seed.map(own.measured_ms) - 1
         most_ms = AS_FAST * max(own.measured_ms.mean(), own.budget_ms.max())
@@ -92,7 +94,7 @@ def frontier_at(families: pd.DataFrame, latency_ms: float) -> float:
     faster one counts as that, and beyond the widest the best holds.
     """
     found = [np.nan]
-    for _, part in families.groupby(families.name.str.rpartition(" ")[0]):
+    for _, part in families.groupby(families.name.str.rsplit(" ", n=1).str[0]):
         widths = part.sort_values("measured_ms")
         best = widths.accuracy.cummax()
         found.append(np.interp(latency_ms, widths.measured_ms, best, left=np.nan))
@@ -131,7 +133,11 @@ def verdicts(everything: list[Compared]) -> list[str]:
             for word, at in where.items()
         )
         compared_with = [own.mean() for own in gains if len(own)]
-        mean = f" Mean over budgets: {100 * np.mean(compared_with):+.2f} points."
+        mean = (
+            f" Mean over budgets: {100 * np.mean(compared_with):+.2f} points."
+            if compared_with
+            else ""
+        )
         lost = " **There search lost.**" if "worse" in where else ""
-        lines.append(f"- Against {other}: {told}.{mean if compared_with else ''}{lost}")
+        lines.append(f"- Against {other}: {told}.{mean}{lost}")
     return lines

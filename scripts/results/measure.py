@@ -480,8 +480,11 @@ def measure(study: Study) -> None:
 def report(study: Study) -> None:
     """The page, of what is trained and measured; it says what is not."""
     networks, keys, options = study.networks(), ["seed", "name"], study.options
-    result = networks.merge(rows_of(study.work / "trained.csv"), on=keys)
-    result = result.merge(rows_of(study.work / "latency.csv"), on=keys)
+    result = networks
+    for name in ("trained.csv", "latency.csv"):
+        if (rows := rows_of(study.work / name)).empty:
+            sys.exit("No network is trained and measured yet; run --steps train,measure")
+        result = result.merge(rows, on=keys)
     if not {SEARCHED, RANDOM} <= set(result.kind):
         sys.exit("Too few networks are trained and measured yet; run --steps train,measure")
     result["budget_ms"] = result.fraction.map(
@@ -513,7 +516,7 @@ def absent(networks: pd.DataFrame, result: pd.DataFrame) -> list[str]:
         f"{len(part)} of kind {kind} (seeds {', '.join(map(str, sorted(set(part.seed))))})"
         for kind, part in lost.groupby("kind")
     )
-    return ["", f"**Not trained yet: {kinds}.**"]
+    return ["", f"**Not trained or not measured yet: {kinds}.**"]
 
 
 def check_options(options: argparse.Namespace) -> None:

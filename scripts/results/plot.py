@@ -31,7 +31,7 @@ def draw(result: pd.DataFrame, path: Path) -> None:
     for name, point in uniform.iterrows():
         note(axes, str(name), point, ORANGE, size=7)
     families = result[result.kind == FAMILY]
-    kinds = families.name.str.rpartition(" ")[0]
+    kinds = families.name.str.rsplit(" ", n=1).str[0]
     for (family, part), (colour, marker) in zip(
         families.groupby(kinds, sort=False), FAMILY_STYLES, strict=False
     ):

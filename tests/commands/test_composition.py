@@ -108,6 +108,11 @@ def test_every_method_has_a_recipe_by_which_a_run_applies_it(name: str) -> None:
         assert name in applied
 
 
+def test_distillation_has_a_recipe_that_gives_fine_tuning_a_teacher() -> None:
+    found = compose("compress", ["compression=distillation", "model=x", "method=channel_pruning"])
+    assert found["compression"]["fine_tuning"]["teacher"] == "uncompressed"
+
+
 @pytest.mark.parametrize("name", shipped_names("architecture"))
 def test_every_shipped_architecture_is_a_value(name: str) -> None:
     for command in ("count", "train"):

@@ -203,7 +203,7 @@ def test_layers_that_were_left_in_float_stay_so(
     (folder / place / "int8.layers.json").write_text(json.dumps(record))
     given = [f"model={folder}", "data=digits", "precision=int8", "measure=false"]
     assert main(["export", *given, f"out={tmp_path / 'mixed'}"]) == 0
-    assert "2 layers of the int8 ONNX file compute in float" in capsys.readouterr().out
+    assert "2 layers of the int8 onnx file compute in float" in capsys.readouterr().out
     assert main(["export", *given, "float_layers=false", f"out={tmp_path / 'all'}"]) == 0
     assert "in float" not in capsys.readouterr().out
     assert in_float(tmp_path / "all" / "model.onnx") == set()

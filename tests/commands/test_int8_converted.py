@@ -96,12 +96,18 @@ def test_the_block_that_int8_makes_slower_is_left_in_float(
     assert json.loads(sidecar(kept).read_text())["precision"] == "int8"
     (stage,) = json.loads((run / "result.json").read_text())["stages"][1:]
     assert stage["accepted"]
-    assert stage["reason"].endswith(f", 1 of {found['layers']} layers in float")
+    assert stage["reason"].endswith(f", 1 of {found['layers']} blocks in float")
+
+    kept.unlink()  # as an export that is interrupted leaves it
+    (run / "result.json").unlink()
+    monkeypatch.setattr(converted, "convert", None)  # it is all known
+    assert main(["run", *given, *quick, *int8, device, f"out={run}", "resume=true"]) in (0, 3)
+    assert content(kept)["left"] == expected
 
     capsys.readouterr()
     asked = [f"model={run}", "data=digits", "format=pt2", "precision=int8", "measure=false"]
     assert main(["export", *asked, f"out={tmp_path / 'exported'}"]) == 0
-    assert "1 layers of the int8 .pt2 file compute in float" in capsys.readouterr().out
+    assert "1 blocks of the int8 pt2 file compute in float" in capsys.readouterr().out
     assert content(tmp_path / "exported" / "model.pt2")["left"] == expected
     assert main(["export", *asked, "float_layers=false", f"out={tmp_path / 'whole'}"]) == 0
     assert content(tmp_path / "whole" / "model.pt2")["left"] == []

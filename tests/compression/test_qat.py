@@ -42,6 +42,7 @@ from fbnas.latency.fake_quantization import (
     rounded_activation,
     rounding_weights,
 )
+from fbnas.latency.qdq import write_int8_onnx
 from fbnas.space import load_network, save_network
 from fbnas.space.depthwise import DepthwiseConv2d
 from fbnas.training import Data, TrainingDiverged, TrainingSettings, evaluate, train
@@ -373,6 +374,27 @@ def test_asymmetric_weights_run_in_int8_as_they_were_trained(
     assert all(zero.shape in ((), (1,)) or not zero.any() for zero in zeros)
     assert any(zero.any() for zero in zeros)
     assert integer_layers(path, tmp_path) == (len(weighted(network)) - 1, 1)
+
+
+def test_a_dead_channel_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    """Its step, which may be any where weights are symmetric, is that of all where they are not."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        layer.weight[1] = 0
+        layer.bias[1] = 0
+        layer.weight.copy_(WeightGrids(8, False, False).rounded(layer.weight + 0.02))
+        layer.weight[1] = 0
+    network = nn.Sequential(layer, nn.ReLU()).eval()
+    form = QuantizedForm(8, False, {"0": (-4.0, 4.0)}, {"1": (0.0, 4.0)}, weights="asymmetric")
+    write_int8_onnx(network, form, (3, 8, 8), tmp_path / "x.onnx", batch=1)
+    images = torch.randn(1, 3, 8, 8).numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images})
+    with torch.no_grad():
+        expected = as_deployed(network, form)(torch.from_numpy(images)).numpy()
+    assert np.abs(found - expected).max() < 2 * 4 / 255
+    assert expected.max() > 0.5
 
 
 def test_equalised_a_network_computes_the_same(trained: Trained) -> None:

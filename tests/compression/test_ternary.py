@@ -8,8 +8,9 @@ import torch
 from digits_network import Trained, accuracy, fit
 from torch import Tensor, nn
 
-from fbnas.compression import ChannelPruning, Ternary, compress_, pack_ternary, unpack_ternary
+from fbnas.compression import ChannelPruning, Ternary, compress_, describe, pack, unpack
 from fbnas.compression.dataflow import layer_calls
+from fbnas.compression.method import Tools
 from fbnas.compression.ternary import ternarized, ternary
 from fbnas.errors import InputError
 from fbnas.export import export_onnx
@@ -158,30 +159,20 @@ def test_the_ends_too_if_asked_and_channels_can_still_be_pruned(trained: Trained
     assert all(n <= 3 for n in few_values(network).values())
 
 
-@pytest.mark.parametrize("shape", [(1,), (4,), (3, 5), (8, 3, 3, 3), (7, 1, 1, 1)], ids=str)
-def test_two_bits_a_weight_and_back(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([-0.3, 0.0, 0.7])
-    weight = values[torch.randint(3, shape, generator=generator)]
-    packed, up, down = pack_ternary(weight)
-    assert len(packed) == -(-weight.numel() // 4)
-    assert torch.equal(unpack_ternary(packed, up, down, shape), weight)
+def test_packed_in_fixed_bits_it_takes_two_a_weight(trained: Trained) -> None:
+    network = copy.deepcopy(trained.network)
+    Ternary().apply_(network, Tools((1, 8, 8), lambda _: None, trained.data))
+    data = pack(network, "fixed")
+    ternary = {name for name, n in few_values(network).items() if n == 3}
+    rows = {row.name: row for row in describe(data) if row.name.removesuffix(".weight") in ternary}
+    assert len(rows) > 10
+    for row in rows.values():  # codes of two bits, or places of what is not zero and its signs
+        assert row.clusters == (2 if row.form == "sparse_shared" else 3)
+        assert row.position_bytes + row.index_bytes <= -(-2 * row.numel // 8)
+    assert all(torch.equal(unpack(data)[key], x) for key, x in network.state_dict().items())
 
 
-def test_codes_are_as_documented() -> None:
-    packed, up, down = pack_ternary(torch.tensor([2.0, -1.0, 0.0, 2.0, -1.0]))
-    assert packed == bytes([0b01_00_10_01, 0b10])
-    assert (up, down) == (2.0, 1.0)
-    assert pack_ternary(torch.zeros(3)) == (b"\0", 0.0, 0.0)
-
-
-def test_what_is_not_ternary_is_refused() -> None:
-    with pytest.raises(InputError, match="The weights have 4 values; expected ternary"):
-        pack_ternary(torch.tensor([1.0, 2.0, 0.0, -1.0]))
-    with pytest.raises(InputError, match="2 bytes of ternary weights; expected 1"):
-        unpack_ternary(b"ab", 1.0, 1.0, (3,))
-    with pytest.raises(InputError, match="a code of 3"):
-        unpack_ternary(b"\x03", 1.0, 1.0, (3,))
+def test_wrong_options_are_refused() -> None:
     for threshold in (-0.1, 1.0):
         with pytest.raises(InputError, match=rf"threshold is {threshold}; expected a fraction"):
             Ternary(threshold=threshold)

@@ -246,6 +246,34 @@ def test_the_layers_that_are_named_stay_in_float(bench: Bench, tmp_path: Path) -
     assert error("0", "2", "4") < 1e-5  # none is
 
 
+class Loud(nn.Module):
+    """Makes one channel loud, which the first layer then ignores: rounded, it drowns the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(16, 1, 1))
+        self.gain[0] = 1e4
+        self.layers = nn.Sequential(
+            nn.Conv2d(16, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3)
+        )
+        self.layers[0].weight.data[:, 0] = 0
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.layers(maps * self.gain)
+
+
+@pytest.mark.parametrize("bench", MIXING, indirect=True)
+def test_what_comes_before_a_first_layer_in_float_is_not_rounded(
+    bench: Bench, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, provider = Loud().eval(), bench.provider("int8")
+    options = {"precision": "int8", "float_layers": [True, False]}
+    path = bench.compile(module, SHAPE, tmp_path / "x", **options)
+    found = bench.outputs(path, [images(SHAPE)], provider)[0][0]
+    assert 1e-3 < difference(found, module, images(SHAPE)) < 0.06
+
+
 @pytest.mark.parametrize("bench", MIXING, indirect=True)
 def test_a_choice_of_other_layers_than_there_are_is_refused(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="3 layers, float_layers is of 2"):

@@ -10,7 +10,8 @@ A runtime file is a module with
     CONVERTER          packages that `compile` needs beyond fbnas's own; () where there are none
     HOLDS_TEXT         optional: True where `compile` takes `text`, which it stores in the file
     CONVERTER_INT8     optional: the same for int8, where it differs
-    MIXES              optional: True where `compile` takes `float_layers`
+    MIXES              optional: True where `compile` takes `float_layers`: of each convolution and
+                       linear layer, in the order of computing, whether int8 leaves it in float
     available() -> bool, version() -> str, providers() -> list[str]    providers: those found here
     compile(module, input_shape, path, *, precision, batch, calibration)   on the host: a model file
 and, on the device, where runner.py loads the file by itself,

@@ -118,7 +118,7 @@ def _quantized(module: Any, calibration: Sequence[np.ndarray], float_layers: Seq
 
 
 def _left_in_float(graph: Any, float_layers: Sequence[bool]) -> set[Any]:
-    """Return the nodes of layers in float, each with those up to the next layer.
+    """Return the nodes of layers in float, each with those up to the next; before it, of the first.
 
     Raises:
         ValueError: it has another number of layers.
@@ -131,8 +131,10 @@ def _left_in_float(graph: Any, float_layers: Sequence[bool]) -> set[Any]:
     aten = torch.ops.aten
     layers, left = 0, set[Any]()
     for node in graph.nodes:
+        if node.op != "call_function":  # weights come before all layers, not before their own
+            continue
         layers += getattr(node.target, "overloadpacket", None) in (aten.conv2d, aten.linear)
-        if 0 < layers <= len(float_layers) and float_layers[layers - 1]:
+        if layers <= len(float_layers) and float_layers[max(layers, 1) - 1]:
             left.add(node)
     if layers != len(float_layers):
         raise ValueError(f"the network has {layers} layers, float_layers is of {len(float_layers)}")

@@ -118,7 +118,10 @@ def _quantize(
 
 
 def _left_in_float(source: Path, float_layers: Sequence[bool]) -> list[str]:
-    """Return the scopes of the operations of layers in float, each with those up to the next."""
+    """Return the scopes of the operations of layers in float, each with those up to the next.
+
+    What comes before the first layer is of it.
+    """
     from ai_edge_litert.schema_py_generated import BuiltinOperator
     from ai_edge_quantizer.utils import tfl_flatbuffer_utils
 
@@ -132,7 +135,7 @@ def _left_in_float(source: Path, float_layers: Sequence[bool]) -> list[str]:
     layers, left = 0, []
     for operation in graph.operators:
         layers += model.operatorCodes[operation.opcodeIndex].builtinCode in weighted
-        if 0 < layers <= len(float_layers) and float_layers[layers - 1]:
+        if layers <= len(float_layers) and float_layers[max(layers, 1) - 1]:
             left.append(tfl_flatbuffer_utils.get_op_scope(operation, graph.tensors))
     if layers != len(float_layers):
         raise ValueError(f"the file has {layers} layers, float_layers is of {len(float_layers)}")
