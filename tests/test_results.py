@@ -137,6 +137,17 @@ def test_a_seed_without_families_is_compared_with_the_others() -> None:
     assert COMPARE.compared(result[result.kind != "searched"]) == []
 
 
+def test_a_part_of_the_families_of_a_seed_is_not_compared_with() -> None:
+    networks = made_result((0.6, 0.7), random=0.5)
+    result = networks[(networks.name != "MobileNetV2 0.1") | (networks.seed == 0)]
+    kept = COMPARE.without_incomplete_families(networks, result)
+    assert set(kept[kept.kind == "family"].seed) == {0}
+    assert len(kept) == len(networks) - 3
+    assert COMPARE.without_incomplete_families(networks, networks).equals(networks)
+    (line,) = COMPARE.absent(networks, kept)[1:]
+    assert line == "**Not trained or not measured yet: 3 of kind family (seeds 1).**"
+
+
 def test_the_page_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,26 @@ def compared(result: pd.DataFrame, kind: str = SEARCHED) -> list[Compared]:
     return found
 
 
+def without_incomplete_families(networks: pd.DataFrame, result: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the families of seeds that lack some: the best of a part of them is too low."""
+    asked, found = (rows[rows.kind == FAMILY].groupby("seed").size() for rows in (networks, result))
+    complete = [seed for seed, n in asked.items() if found.get(seed, 0) == n]
+    return result[(result.kind != FAMILY) | result.seed.isin(complete)]
+
+
+def absent(networks: pd.DataFrame, result: pd.DataFrame) -> list[str]:
+    """Say which networks are not on the page, by kind and seed."""
+    known = set(zip(result.seed, result.name, strict=True))
+    lost = networks[[(r.seed, r.name) not in known for r in networks.itertuples(index=False)]]
+    if lost.empty:
+        return []
+    kinds = "; ".join(
+        f"{len(part)} of kind {kind} (seeds {', '.join(map(str, sorted(set(part.seed))))})"
+        for kind, part in lost.groupby("kind")
+    )
+    return ["", f"**Not trained or not measured yet: {kinds}.**"]
+
+
 def best_uniform(result: pd.DataFrame, most_ms: float) -> tuple[str, pd.Series]:
     """The name and accuracies by seed of the best uniform network within a latency, by its mean."""
     means = result[result.kind == UNIFORM].groupby("name")[["measured_ms", "accuracy"]].mean()

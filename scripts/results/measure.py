@@ -41,7 +41,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from compare import FAMILY, RANDOM, RANKED, SEARCHED, UNIFORM
+from compare import (
+    FAMILY,
+    RANDOM,
+    RANKED,
+    SEARCHED,
+    UNIFORM,
+    absent,
+    without_incomplete_families,
+)
 from networks import FAMILIES
 from page import write_page
 from torch import nn
@@ -485,6 +493,7 @@ def report(study: Study) -> None:
         if (rows := rows_of(study.work / name)).empty:
             sys.exit("No network is trained and measured yet; run --steps train,measure")
         result = result.merge(rows, on=keys)
+    result = without_incomplete_families(networks, result)
     if not {SEARCHED, RANDOM} <= set(result.kind):
         sys.exit("Too few networks are trained and measured yet; run --steps train,measure")
     result["budget_ms"] = result.fraction.map(
@@ -504,19 +513,6 @@ def report(study: Study) -> None:
         *absent(networks, result),
     ]
     write_page(result, rows_of(study.work / "seconds.csv"), about, options.out)
-
-
-def absent(networks: pd.DataFrame, result: pd.DataFrame) -> list[str]:
-    """Say which networks are not on the page, by kind and seed."""
-    known = set(zip(result.seed, result.name, strict=True))
-    lost = networks[[(r.seed, r.name) not in known for r in networks.itertuples(index=False)]]
-    if lost.empty:
-        return []
-    kinds = "; ".join(
-        f"{len(part)} of kind {kind} (seeds {', '.join(map(str, sorted(set(part.seed))))})"
-        for kind, part in lost.groupby("kind")
-    )
-    return ["", f"**Not trained or not measured yet: {kinds}.**"]
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -106,7 +106,8 @@ def hours(seconds: pd.DataFrame) -> list[str]:
     by_step = parts.groupby("step", sort=False)
     for step, own in by_step:
         lines.append(f"| {step} | {own.sum():.2f} | {own.max():.2f} |")
-    return [*lines, f"| all | {parts.sum():.2f} | {by_step.max().sum():.2f} |"]
+    lines.append(f"| all | {parts.sum():.2f} | {by_step.max().sum():.2f} |")
+    return [*lines, "", "Of processes that came to their end; one that was stopped left no hours."]
 
 
 def write_page(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str], folder: Path) -> None:
