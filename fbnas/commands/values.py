@@ -42,7 +42,8 @@ LISTS = {  # options that take one value or a list of them
 }
 MAPPINGS = {  # options that are null or name several things
     "train": ("heads",),
-    "compress": ("heads",),
+    "compress": ("heads", "compression.sparsity.layers"),
+    "run": ("compression.sparsity.layers",),
     "export": ("heads",),
     "evaluate": ("heads",),
 }

@@ -116,7 +116,7 @@ def check_fraction(name: str, value: float) -> None:
     Raises:
         InputError: it is not at least 0 and less than 1.
     """
-    if not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise InputError(f"{name} is {value}; expected a fraction, 0 <= {name} < 1.")
 
 

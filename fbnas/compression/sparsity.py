@@ -5,7 +5,7 @@ files that are packed. It is no faster (fbnas measures that); for speed there is
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from fbnas.compression.magnitude import (
     zero_smallest_,
 )
 from fbnas.compression.method import Applied, Method, Tools
-from fbnas.errors import InputError, unknown
+from fbnas.errors import InputError, check_known, unknown
 from fbnas.files import atomic_write
 
 SCOPES = ("global", "layer", "sensitivity")
@@ -57,6 +57,8 @@ class Sparsity(Method):
         tolerance: of the scan: what the accuracy may lose to one layer, 0 to 1.
         scan: the sparsities of the scan, each in (0, 1).
         scan_images: at most so many validation images for the scan.
+        layers: of single layers by name, the fraction that ends as zero there, as Han et al. 2015
+            state them; `sparsity`, `scope` and `max_sparsity` are for the others.
     """
 
     NAME: ClassVar[str] = "sparsity"
@@ -71,6 +73,7 @@ class Sparsity(Method):
     tolerance: float = 0.02
     scan: Sequence[float] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     scan_images: int = 1000
+    layers: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)
@@ -93,23 +96,37 @@ class Sparsity(Method):
                 f"scan is {self.scan}; expected a list of sparsities, each more than 0 and less "
                 "than 1."
             )
+        for name, sparsity in (self.layers or {}).items():
+            check_fraction(f"sparsity of layer {name}", sparsity)
         object.__setattr__(self, "kinds", check_layers(self.kinds, self.min_weights))
         object.__setattr__(self, "scan", tuple(self.scan))
 
     def apply_(self, model: nn.Module, tools: Tools) -> Applied:
         """Scan where asked to, then zero and fine-tune step by step."""
         layers = prunable(model, kinds=self.kinds, min_weights=self.min_weights)
-        scans = self._scan(model, layers, tools) if self.scope == "sensitivity" else {}
+        own = self.layers or {}
+        check_known("layer to prune:", own, layers)
+        others = {name: layer for name, layer in layers.items() if name not in own}
+        scanned = others and self.scope == "sensitivity"
+        scans = self._scan(model, others, tools) if scanned else {}
         scales = {name: found.threshold for name, found in scans.items()} or None
+        plans = [({name: layers[name]}, found) for name, found in own.items()]
+        if others:
+            plans.append((others, self.sparsity))
+        schedules = [
+            (part, gradual(sparsity_of(part), sparsity, self.steps)) for part, sparsity in plans
+        ]
         trained, changes = None, tuple[LayerSparsity, ...]()
-        for sparsity in gradual(sparsity_of(layers), self.sparsity, self.steps):
-            zero_smallest_(
-                layers,
-                sparsity,
-                each=self.scope == "layer",
-                scales=scales,
-                max_sparsity=self.max_sparsity,
-            )
+        for step in range(self.steps):
+            for part, sparsities in schedules:
+                named = part is not others
+                zero_smallest_(
+                    part,
+                    sparsities[step],
+                    each=self.scope == "layer",
+                    scales=None if named else scales,
+                    max_sparsity=1.0 if named else self.max_sparsity,
+                )
             changes = layer_sparsities(layers, scans)
             logger.info("%.1f %% of the weights are zero", 100 * sparsity_of(layers))
             trained = tools.tune(model)

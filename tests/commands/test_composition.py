@@ -108,6 +108,17 @@ def test_every_method_has_a_recipe_by_which_a_run_applies_it(name: str) -> None:
         assert name in applied
 
 
+@pytest.mark.parametrize("command", ["compress", "run"])
+def test_layers_may_have_sparsities_of_their_own(command: str) -> None:
+    given_ = ["model=x", "method=sparsity"] if command == "compress" else []
+    layers = "compression.sparsity.layers={head.0: 0.9, classifier.linear: 0.5}"
+    found = compose(command, [layers, *given_])["compression"]["sparsity"]
+    assert found["layers"] == {"head.0": 0.9, "classifier.linear": 0.5}
+    check_compression(compose(command, [layers, *given_]))
+    with pytest.raises(InputError, match=r"expected a mapping"):
+        compose(command, ["compression.sparsity.layers=0.9", *given_])
+
+
 def test_distillation_has_a_recipe_that_gives_fine_tuning_a_teacher() -> None:
     found = compose("compress", ["compression=distillation", "model=x", "method=channel_pruning"])
     assert found["compression"]["fine_tuning"]["teacher"] == "uncompressed"

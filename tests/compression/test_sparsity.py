@@ -98,6 +98,30 @@ def test_layer_zeroes_the_same_fraction_of_each_also_among_equal_weights() -> No
     assert [change.kind for change in report.changes].count("depthwise") == 2
 
 
+def test_a_layer_may_have_a_sparsity_of_its_own() -> None:
+    network, tuned = small(), list[float]()
+
+    def tune(model: nn.Module) -> None:
+        tuned.append(float((model[7].weight == 0).double().mean()))
+
+    method = Sparsity(sparsity=0.5, steps=3, layers={"7": 0.9})
+    report = compress_(network, method, input_shape=SHAPE, train=tune)
+    found = {change.layer: change for change in report.changes}
+    assert found["7"].zeros == round(0.9 * found["7"].weights)
+    others = [change for name, change in found.items() if name != "7"]
+    zeros, weights = (sum(getattr(x, what) for x in others) for what in ("zeros", "weights"))
+    assert zeros == round(0.5 * weights)
+    assert tuned == sorted(tuned)
+    assert tuned[0] == pytest.approx(0.9 * (1 - (2 / 3) ** 3), abs=0.01)
+    everything = dict.fromkeys(("0", "1", "7"), 0.25)
+    report = compress_(small(), Sparsity(layers=everything, steps=1), input_shape=SHAPE)
+    assert all(x.zeros == round(0.25 * x.weights) for x in report.changes)
+    with pytest.raises(InputError, match=r"Unknown layer to prune: '77'"):
+        compress_(small(), Sparsity(layers={"77": 0.5}), input_shape=SHAPE)
+    with pytest.raises(InputError, match=r"sparsity of layer 7 is 1\.5; expected a fraction"):
+        Sparsity(layers={"7": 1.5})
+
+
 def test_no_layer_loses_more_than_max_sparsity_and_the_total_is_met_elsewhere() -> None:
     network = small()
     with torch.no_grad():
