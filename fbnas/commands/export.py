@@ -204,16 +204,17 @@ def known_layers(
     """
     if source is None or not config["float_layers"]:
         return None
-    trained = (source / FORM_FILE).is_file()
     known = KnownLayers.read(source, Path(config["model"]) / "models")  # of compress, of a run
+    if known is None:
+        return None
+    trained = (source / FORM_FILE).is_file()
     formats = [
         each.name
         for each, precision in wanted
-        if known is not None
-        and (each.runtime, precision) == (known.runtime, "int8")
+        if (each.runtime, precision) == (known.runtime, "int8")
         and not (trained and each.suffix in THROUGH_ONNX)
     ]
-    if known is None or not formats:
+    if not formats:
         return None
     where = f"on the device that {config['model']} was made for"
     if not known.pays:
