@@ -30,6 +30,7 @@ from fbnas.commands.train import report_epoch
 from fbnas.compression import (
     FORM_FILE,
     METHODS,
+    QAT,
     CompressionReport,
     Facts,
     Method,
@@ -44,9 +45,10 @@ from fbnas.compression import (
 from fbnas.compression.coding import CODERS
 from fbnas.compression.packing import PACKED_FILE, PAYS_BELOW
 from fbnas.errors import InputError, check_known
-from fbnas.export import export_int8_onnx, export_onnx, judge_file
+from fbnas.export import TrainedInt8, export_onnx, judge_file
 from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.latency.profiling import AnyDevice
+from fbnas.latency.saturation import saturates
 from fbnas.progress import progress
 from fbnas.report.sparsity_scan import draw_scan
 from fbnas.space import NetworkCard, save_network
@@ -57,6 +59,9 @@ from fbnas.training.settings import TrainingSettings
 
 INT8 = StaticQuantization.NAME  # of a file, so the last
 NAMES = (*METHODS, INT8)
+SEVEN_BITS = (
+    "int8 weights have 7 bits: sums of 8 bits are cut off at 16 bits there (x86 without VNNI)"
+)
 
 
 def main(config: dict[str, Any]) -> int:
@@ -71,7 +76,8 @@ def main(config: dict[str, Any]) -> int:
     data = data_of(config, card)
     before = judge_network(network, data, data.test)
     out = OutFolder(config)
-    methods = [build_method(name, config) for name in names if name != INT8]
+    device = device_of(config)
+    methods = [build_method(name, config, device) for name in names if name != INT8]
     measure = measuring(config, card, out.folder) if config["measure"] else None
     report = compress_and_save(
         network, card, data, config, out.folder, methods=methods, resume=out.resume, measure=measure
@@ -132,8 +138,11 @@ def method_names(given: Any, option: str = "method") -> list[str]:
     return names
 
 
-def build_method(name: str, config: dict[str, Any]) -> Method:
+def build_method(name: str, config: dict[str, Any], device: AnyDevice | None = None) -> Method:
     """Build a method of its section of `compression`.
+
+    Args:
+        device: decides what is left to it: the bits of weights that are trained for int8.
 
     Raises:
         InputError: an unknown option, or a value out of its range.
@@ -141,6 +150,11 @@ def build_method(name: str, config: dict[str, Any]) -> Method:
     kind = METHODS[name]
     options = config["compression"][kind.SECTION]
     check_known(f"option of compression.{kind.SECTION}:", options, options_of(kind))
+    if kind is QAT and options["weight_bits"] is None:
+        bits = 7 if device is not None and saturates(device) else 8
+        options = {**options, "weight_bits": bits}
+        if bits < 8:
+            print(SEVEN_BITS)
     return kind(**options)
 
 
@@ -323,26 +337,19 @@ def _int8_file(
         source,
         target,
         data,
-        trained=trained_form(folder, network, card),
+        trained=trained_int8(folder, network, card),
         known=known,
     )
     print(f"test accuracy of the int8 file {fields.pop('accuracy')}")
     return fields
 
 
-@dataclass(frozen=True)
-class TrainedForm:
-    """A network that was trained for int8, and the grids that its training left."""
-
-    network: nn.Module
-    form: QuantizedForm
-    card: NetworkCard
-
-
-def trained_form(folder: Path, network: nn.Module, card: NetworkCard) -> TrainedForm | None:
-    """Return what a folder says of a network's int8, None where it was not trained for it."""
+def trained_int8(folder: Path, network: nn.Module, card: NetworkCard) -> TrainedInt8 | None:
+    """Return the int8 that a folder says its network was trained for, None where it was not."""
     path = folder / FORM_FILE
-    return TrainedForm(network, QuantizedForm.load(path), card) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return TrainedInt8(network, QuantizedForm.load(path), card.input_shape, card)
 
 
 def _int8(
@@ -351,30 +358,28 @@ def _int8(
     target: Path,
     data: Data,
     *,
-    trained: TrainedForm | None = None,
+    trained: TrainedInt8 | None = None,
     known: Facts | None = None,
 ) -> dict[str, Any]:
     """Write model.onnx: int8 with the grids it was trained on, or calibrated where there are none.
 
-    Of the latter the float file where int8 does not pay at all. Returned with the rest is its step.
+    The float file where int8 does not pay at all. Returned with the rest is its step.
     """
-    found: dict[str, Any] = {}
     device = device_of(config)
-    if trained is not None:
-        export_int8_onnx(trained.network, trained.form, target, card=trained.card)
-    else:
-        method = quantization_of(config)
-        measured_on = device if config["measure"] and method.pays else None
-        layers = quantized(
-            source, target, data, method, measured_on=measured_on, seed=config["seed"]
+    method = quantization_of(config, device)
+    if method.reduce_range and trained is None:
+        print(SEVEN_BITS)
+    measured_on = device if config["measure"] and method.pays else None
+    layers = quantized(
+        source, target, data, method, measured_on=measured_on, seed=config["seed"], by=trained
+    )
+    if not layers["pays"]:
+        target.write_bytes(source.read_bytes())
+        print(
+            "int8 does not pay on this device: model.onnx is the float file "
+            "(compression.quantization.pays=false writes int8 all the same)"
         )
-        if not layers["pays"]:
-            target.write_bytes(source.read_bytes())
-            print(
-                "int8 does not pay on this device: model.onnx is the float file "
-                "(compression.quantization.pays=false writes int8 all the same)"
-            )
-        found = {"int8": layers}
+    found = {"int8": layers}
     size = target.stat().st_size
     print(f"{target}: {source.stat().st_size:,} -> {size:,} bytes")
     if device.suffix != ".onnx":
@@ -468,7 +473,7 @@ def _quantize(config: dict[str, Any]) -> int:
     before = judge_file(source, data, data.test)
     trained = known = None
     if card is not None:
-        trained = trained_form(folder, network, card)
+        trained = trained_int8(folder, network, card)
         known = facts(network, Tools(card.input_shape, coder=coder_of(config)))
     target = out.folder / "model.onnx"
     fields = _int8(config, source, target, data, trained=trained, known=known)
@@ -530,8 +535,14 @@ def tuning(config: dict[str, Any]) -> TrainingSettings:
     return replace(training, **options)
 
 
-def quantization_of(config: dict[str, Any]) -> StaticQuantization:
-    """Build the method of `compression.quantization`."""
+def quantization_of(config: dict[str, Any], device: AnyDevice | None = None) -> StaticQuantization:
+    """Build the method of `compression.quantization`.
+
+    Args:
+        device: decides what is left to it: whether weights have 7 bits.
+    """
     options = config["compression"]["quantization"]
     check_known("option of compression.quantization:", options, options_of(StaticQuantization))
+    if options["reduce_range"] is None and device is not None:
+        options = {**options, "reduce_range": saturates(device)}
     return StaticQuantization(**options)

@@ -22,6 +22,7 @@ from fbnas.files import atomic_write
 from fbnas.latency.converting import lacking, needed
 from fbnas.latency.devices import Device
 from fbnas.latency.runtimes import RUNTIMES, runtime
+from fbnas.latency.saturation import saturates
 from fbnas.shipped import configs_folder
 
 TOOLS = "test"  # the extra whose packages only check fbnas: no bug of a user's is theirs
@@ -175,4 +176,6 @@ def _try(device: Device) -> tuple[bool, str]:
             timing = device.measure([path], rounds=5).whole[0]
         except (RuntimeError, InputError) as error:
             return False, f"does not work: {str(error).splitlines()[0]}"
-    return True, f"works ({timing.latency_ms:.3f} ms)"
+    cut = device.precision == "int8" and saturates(device)
+    bits = "; it cuts sums off at 16 bits, so weights get 7 bits" if cut else ""
+    return True, f"works ({timing.latency_ms:.3f} ms){bits}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fbnas.commands.compress import form_of
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.heads import data_of_heads, joined
-from fbnas.commands.int8 import KnownLayers
+from fbnas.commands.int8 import RECORD, KnownLayers, record_of
 from fbnas.commands.parts import data_of, network_folder, with_heads
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
@@ -200,19 +200,19 @@ def known_layers(
 ) -> KnownLayers | None:
     """Return which layers `fbnas compress` or `run` left in float, and say what is known.
 
-    None where no int8 file is wanted that it holds for, but for one with the grids of its training.
+    None where no int8 file is wanted that it holds for.
     """
     if source is None or not config["float_layers"]:
         return None
-    known = KnownLayers.read(source, Path(config["model"]) / "models")  # of compress, of a run
+    trained = (source / FORM_FILE).is_file()
+    of_run = record_of(source.name) if trained else RECORD
+    known = KnownLayers.read(source / RECORD, Path(config["model"]) / "models" / of_run)
     if known is None:
         return None
-    trained = (source / FORM_FILE).is_file()
     formats = [
         each.name
         for each, precision in wanted
         if (each.runtime, precision) == (known.runtime, "int8")
-        and not (trained and each.suffix in THROUGH_ONNX)
     ]
     if not formats:
         return None

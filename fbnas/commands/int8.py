@@ -23,7 +23,7 @@ from fbnas.training.heads import task_of
 
 TABLE, PLOT = "sensitivity.csv", "sensitivity.html"
 COSTS_TABLE, COSTS_PLOT = "int8_saves.csv", "int8_saves.html"
-RECORD = "int8.layers.json"  # beside the int8 file
+RECORD = "int8.layers.json"  # beside the int8 file, of `fbnas compress` and of a run's stage int8
 JUDGING = "onnxruntime"  # what is judged and not measured holds for it
 
 
@@ -38,34 +38,37 @@ def quantized(
     seed: int,
     by: Mixable | None = None,
     made_from: Path | None = None,
+    record: str = RECORD,
 ) -> dict[str, Any]:
     """Write the int8 form of an exported file, its sensitivities beside it, and print the findings.
 
-    That is kept in int8.layers.json, so that an interrupted command that goes on neither judges nor
-    measures the same layers again.
+    That is kept beside it, so that an interrupted command that goes on neither judges nor measures
+    the same layers again.
 
     Args:
         data: with the mean and std that the file wants.
         measured_on: where int8 must pay; None: nothing is measured.
         scored_on: whose runtime computes scores; None: ONNX Runtime here.
-        by: what writes int8 files, where the source is no ONNX file; the caller writes the target
-            anew then.
+        by: what writes int8 files, where they are not calibrated from the source.
         made_from: the file that what was found holds for, if not the source: a converter writes
-            other bytes each time.
+            other bytes each time. The caller writes the target anew then.
+        record: name of the file that keeps what was found.
     """
 
     def measure(files: Sequence[Path]) -> Measurement:
         assert measured_on is not None
         return measured_on.measure_quietly(files, "Timing int8 and float layers", seed=seed)
 
-    record, made_from = target.with_name(RECORD), made_from or source
-    if record.is_file() and (by is not None or target.is_file()):
-        before = read_json(record)
-        if before.pop("source") == digest(made_from):
+    kept, source_of_it = target.with_name(record), made_from or source
+    if kept.is_file() and (made_from is not None or target.is_file()):
+        before = read_json(kept)
+        if before.pop("source") == digest(source_of_it):
             before.pop("runtime", None)
             return dict(before)
-    record.unlink(missing_ok=True)
-    can_measure = measured_on is not None and (by is not None or reads_onnx(measured_on))
+    kept.unlink(missing_ok=True)
+    can_measure = measured_on is not None and (
+        reads_onnx(measured_on) if target.suffix == ".onnx" else measured_on.suffix == target.suffix
+    )
     report = quantize_file(
         source,
         target,
@@ -79,13 +82,13 @@ def quantized(
     )
     if report.sensitivities:
         write_sensitivities(target.parent, report)
-    for line in told(report, "layers" if by is None else "blocks"):
+    for line in told(report, noun_of(target.suffix)):
         print(line)
     if report.latencies is not None and report.latencies.layer_costs:
         write_layer_costs(target.parent, report, report.latencies)
     found = as_fields(report)
     runtime = measured_on.runtime if isinstance(measured_on, Device) and can_measure else JUDGING
-    write_json(record, {"source": digest(made_from), "runtime": runtime, **found})
+    write_json(kept, {"source": digest(source_of_it), "runtime": runtime, **found})
     return found
 
 
@@ -103,18 +106,28 @@ class KnownLayers:
 
     @property
     def noun(self) -> str:
-        """What they are: a converter leaves whole blocks."""
-        return "layers" if suffixes(self.runtime)[0] == ".onnx" else "blocks"
+        """What they are."""
+        return noun_of(suffixes(self.runtime)[0])
 
     @classmethod
-    def read(cls, *folders: Path) -> "KnownLayers | None":
-        """Read what lies beside an int8 file, in the first folder that has one; else None."""
-        for folder in folders:
-            if (folder / RECORD).is_file():
-                found = read_json(folder / RECORD)
+    def read(cls, *records: Path) -> "KnownLayers | None":
+        """Read the first of these files that is there; None without any."""
+        for record in records:
+            if record.is_file():
+                found = read_json(record)
                 layers = (*found["float_for_accuracy"], *found["float_for_speed"])
                 return cls(layers, found["pays"], found.get("runtime", JUDGING))
         return None
+
+
+def noun_of(suffix: str) -> str:
+    """Return what such an int8 file leaves in float: a converter leaves whole blocks."""
+    return "layers" if suffix == ".onnx" else "blocks"
+
+
+def record_of(stage: str) -> str:
+    """Return the name of the file that keeps what was found of a run's stage, beside its model."""
+    return f"{stage}.layers.json"
 
 
 def reads_onnx(device: AnyDevice) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from fbnas.commands.compress import (
     INT8,
+    SEVEN_BITS,
     DeviceMeasure,
     build_method,
     compress_and_save,
@@ -21,8 +22,9 @@ from fbnas.commands.compress import (
     method_names,
     packed_file,
     quantization_of,
+    trained_int8,
 )
-from fbnas.commands.int8 import quantized
+from fbnas.commands.int8 import noun_of, quantized, record_of
 from fbnas.commands.teachers import Sources
 from fbnas.compression import (
     FORM_FILE,
@@ -32,8 +34,9 @@ from fbnas.compression import (
     calibration_images,
 )
 from fbnas.compression.packing import PACKED_FILE
+from fbnas.compression.paying import Mixable
 from fbnas.errors import InputError
-from fbnas.export import accuracy_of_file, export_file, export_int8_onnx
+from fbnas.export import accuracy_of_file, export_file
 from fbnas.files import read_json, write_json
 from fbnas.latency.devices import Device, allowed_ratio
 from fbnas.latency.profiling import AnyDevice
@@ -101,7 +104,7 @@ def stages_of(
         stage = (
             _quantized(judge, best, fp32)
             if name == INT8
-            else _compressed(name, best, judge, resume=resume)
+            else _compressed(name, best, judge, trained=fp32, resume=resume)
         )
         if stage is not None:
             judge.decide(stage, best=best, trained=fp32)
@@ -113,7 +116,9 @@ def stages_of(
     return stages
 
 
-def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage | None:
+def _compressed(
+    name: str, best: Stage, run: "Judge", *, trained: Stage, resume: bool
+) -> Stage | None:
     """Apply a method to the network of the best stage, and export what comes of it.
 
     None where pruning does not make the device faster: that is told, and hours of search and
@@ -122,7 +127,7 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage 
     stage = stage_name(name, run.config["compression"]["methods"])
     if not (run.folder / stage / "network.yaml").is_file():
         network, card = load_network(run.folder / best.network)
-        method, folder = build_method(name, run.config), run.folder / stage
+        method, folder = build_method(name, run.config, run.device), run.folder / stage
         if isinstance(method, LatencyPruning):
             method = replace(method, strict=False)
         timing = DeviceMeasure(run.device, card.input_shape, folder, run.config["seed"])
@@ -142,15 +147,28 @@ def _compressed(name: str, best: Stage, run: "Judge", *, resume: bool) -> Stage 
             print(f"{name} is left out: {error}")
             return None
         packed_file(run.config, folder, network, report)
-    if (
-        form_of(run.folder / stage, run.device) is None
-        and (run.folder / stage / FORM_FILE).exists()
-    ):
+    if form_of(run.folder / stage, run.device) is not None:
+        return _as_trained(stage, run, trained)
+    if (run.folder / stage / FORM_FILE).exists():
         print(
             f"{name}: the file of {run.device.runtime} is fp32, with the weights that were trained "
             "for int8; the method int8 after it lets the runtime's own converter quantize them"
         )
     return _exported(stage, stage, run.folder, run.data, run.device)
+
+
+def _as_trained(name: str, run: "Judge", trained: Stage) -> Stage:
+    """Write the int8 file of a network that was trained for it; layers that lose stay in float."""
+    network, card = load_network(run.folder / name)
+    as_float = _exported(f"{name}_in_float", name, run.folder, run.data, run.device)
+    path = run.folder / "models" / f"{name}{run.device.suffix}"
+    note, _ = _mixed(
+        run, as_float, path, trained, by=trained_int8(run.folder / name, network, card)
+    )
+    accuracy = _accuracy(path, run.data, run.data.validation, run.device)
+    return replace(
+        as_float, name=name, path=path, precision=INT8, validation_accuracy=accuracy, note=note
+    )
 
 
 def stage_name(method: str, methods: Sequence[str]) -> str:
@@ -232,24 +250,16 @@ def final_measurement(stages: Sequence[Stage], device: AnyDevice, *, seed: int) 
 
 
 def _exported(name: str, source: str, folder: Path, data: Data, device: AnyDevice) -> Stage:
-    """Write a network as the device's runtime executes it, checked on real images.
-
-    It is fp32, but for one that was trained for int8 where the runtime reads ONNX files.
-    """
+    """Write a network as the device's runtime executes it, in fp32, checked on real images."""
     network, card = load_network(folder / source)
     path = folder / "models" / f"{name}{device.suffix}"
     shown = Subset(data.validation, torch.arange(min(PARITY_IMAGES, len(data.validation))))
     images = torch.cat([x for x, _ in batches(shown, PARITY_IMAGES, mean=card.mean, std=card.std)])
-    form = form_of(folder / source, device)
-    if form is None:
-        fp32 = replace(device, precision="fp32")
-        export_file(network, path, fp32, card=card, images=images.contiguous())
-    else:
-        export_int8_onnx(network, form, path, card=card, images=images.contiguous())
+    fp32 = replace(device, precision="fp32")
+    export_file(network, path, fp32, card=card, images=images.contiguous())
     found: Count = count(network, card.input_shape)
     accuracy = _accuracy(path, data, data.validation, device)
-    precision = "fp32" if form is None else INT8
-    return Stage(name, path, source, found.params, found.macs, accuracy, precision)
+    return Stage(name, path, source, found.params, found.macs, accuracy)
 
 
 def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
@@ -265,9 +275,8 @@ def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
     stage = Stage(INT8, path, best.network, best.params, best.macs, 0.0, precision=INT8)
     try:
         int8 = replace(run.device, precision="int8")
-        allowed_drop = best.validation_accuracy - _least(run, trained)
         if run.device.suffix == ".onnx":
-            stage.note, _ = _mixed(run, best, path, allowed_drop)
+            stage.note, _ = _mixed(run, best, path, trained)
         else:
             network, card = load_network(run.folder / best.network)
             method = quantization_of(run.config)
@@ -275,7 +284,8 @@ def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
             assert isinstance(int8, Device)  # a planned one reads ONNX files
             by = Converted(network, card.input_shape, int8, images)
             try:
-                stage.note, left = _mixed(run, best, path, allowed_drop, by=by)
+                weights = run.folder / best.network / "weights.safetensors"
+                stage.note, left = _mixed(run, best, path, trained, by=by, made_from=weights)
             except InputError as error:
                 print(f"No block of int8 is left in float: {error}")
                 left = ()
@@ -287,21 +297,30 @@ def _quantized(run: "Judge", best: Stage, trained: Stage) -> Stage | None:
     return stage
 
 
-def _least(run: "Judge", trained: Stage) -> float:
-    """Return the lowest validation accuracy that is accepted."""
-    least: float = trained.validation_accuracy - run.config["max_accuracy_drop"]
-    return least
-
-
 def _mixed(
-    run: "Judge", best: Stage, path: Path, allowed_drop: float, *, by: Converted | None = None
+    run: "Judge",
+    as_float: Stage,
+    path: Path,
+    trained: Stage,
+    *,
+    by: Mixable | None = None,
+    made_from: Path | None = None,
 ) -> tuple[str, tuple[str, ...]]:
-    """Write the int8 file, with layers in float where that is better; say how many, and which."""
-    method = quantization_of(run.config)
+    """Write the int8 file, with layers in float where that is better; say how many, and which.
+
+    Args:
+        trained: validation accuracy may fall below its by the run's max_accuracy_drop.
+        by, made_from: as of `quantized`.
+    """
+    method = quantization_of(run.config, run.device)
+    if method.reduce_range and by is None:
+        print(SEVEN_BITS)
     if method.max_accuracy_drop is None:
-        method = replace(method, max_accuracy_drop=min(max(allowed_drop, 0.0), 1.0))
+        least = trained.validation_accuracy - run.config["max_accuracy_drop"]
+        allowed = as_float.validation_accuracy - least
+        method = replace(method, max_accuracy_drop=min(max(allowed, 0.0), 1.0))
     found = quantized(
-        best.path,
+        as_float.path,
         path,
         run.data,
         method,
@@ -309,10 +328,11 @@ def _mixed(
         scored_on=replace(run.device, precision=INT8),
         seed=run.config["seed"],
         by=by,
-        made_from=None if by is None else run.folder / best.network / "weights.safetensors",
+        made_from=made_from,
+        record=record_of(path.stem),
     )
     left = tuple(dict.fromkeys((*found["float_for_accuracy"], *found["float_for_speed"])))
-    noun = "layers" if by is None else "blocks"
+    noun = noun_of(path.suffix)
     return (f", {len(left)} of {found['layers']} {noun} in float" if left else ""), left
 
 

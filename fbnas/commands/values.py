@@ -15,6 +15,7 @@ NUMBERS = (
     "rounds",
     "seconds",
     "compression.low_rank.speedup",
+    "compression.qat.weight_bits",
     "search.clip_norm",
     "data.resolution",
     "data.channels",
@@ -22,7 +23,16 @@ NUMBERS = (
     "data.workers",
     "compression.quantization.max_accuracy_drop",
 )  # null by default
-WHOLE = ("rounds", "resolution", "data.resolution", "data.channels", "data.limit", "data.workers")
+WHOLE = (
+    "rounds",
+    "resolution",
+    "compression.qat.weight_bits",
+    "data.resolution",
+    "data.channels",
+    "data.limit",
+    "data.workers",
+)
+SWITCHES = ("compression.quantization.reduce_range",)  # null by default
 LISTS = {  # options that take one value or a list of them
     "search": (
         "table",
@@ -121,13 +131,13 @@ def _examples(shipped: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_name(key: str, example: Any) -> bool:
-    return key not in NUMBERS and (example is None or isinstance(example, str))
+    return key not in (*NUMBERS, *SWITCHES) and (example is None or isinstance(example, str))
 
 
 def _expected(key: str, value: Any, example: Any) -> str | None:
     """Say what the option takes, or None where the value is that."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(example, bool):
+    if isinstance(example, bool) or key in SWITCHES:
         return None if isinstance(value, bool) else "true or false"
     if isinstance(example, int):
         least = LEAST.get(key, -math.inf)

@@ -16,8 +16,10 @@ from fbnas.compression.paying import Latencies, Measure, Mixable, paying_layers
 from fbnas.compression.sensitivity import Sensitivity, fewest_float, sensitivity_of
 from fbnas.errors import InputError
 from fbnas.files import atomic_write
+from fbnas.latency.devices import Device
 from fbnas.latency.lowering import Scheme, layer_names, quantize_graph
 from fbnas.latency.ranges import PERCENTILE, activation_ranges
+from fbnas.latency.saturation import saturates
 from fbnas.progress import progress
 from fbnas.training.task import CLASSIFICATION, Task
 
@@ -42,7 +44,8 @@ class StaticQuantization:
         activations: asymmetric or symmetric, as `Scheme` says.
         weights: symmetric, or asymmetric, which needs one scale per tensor.
         equalise: even out the weights of neighbouring layers first, by `equalise_`.
-        reduce_range: weights in 7 bits, for x86 CPUs without VNNI, whose sums saturate at 16 bits.
+        reduce_range: weights in 7 bits, for x86 CPUs without VNNI, whose sums saturate at 16 bits;
+            None: where ONNX Runtime on this machine is found to be so, by `saturates`.
         batch_size: calibration images per run.
         max_accuracy_drop: leave few layers in float, as `fewest_float` seeks them, that keep
             validation accuracy within it of the float file's; None: none for that.
@@ -60,7 +63,7 @@ class StaticQuantization:
     activations: str = "asymmetric"
     weights: str = "symmetric"
     equalise: bool = False
-    reduce_range: bool = False
+    reduce_range: bool | None = None
     batch_size: int = 32
     max_accuracy_drop: float | None = None
     sensitivity: bool = False
@@ -75,18 +78,22 @@ class StaticQuantization:
             raise InputError(
                 f"max_accuracy_drop is {self.max_accuracy_drop:g}; expected 0 to 1, or null."
             )
-        _ = self.scheme
+        self._scheme(reduce_range=False)
 
     @property
     def scheme(self) -> Scheme:
         """What the graph is quantized by."""
+        left_open = self.reduce_range is None
+        return self._scheme(saturates(Device()) if left_open else bool(self.reduce_range))
+
+    def _scheme(self, reduce_range: bool) -> Scheme:
         return Scheme(
             per_channel=self.per_channel,
             activations=self.activations,
             weights=self.weights,
             ranges=self.ranges,
             percentile=self.percentile,
-            reduce_range=self.reduce_range,
+            reduce_range=reduce_range,
         )
 
 

@@ -5,7 +5,13 @@ from fbnas.export.examples import write_example
 from fbnas.export.files import check_suffix, export_file
 from fbnas.export.formats import FORMATS, Format, check_precision, format_of, runtime_of_format
 from fbnas.export.metadata import read_metadata, sidecar
-from fbnas.export.onnx import ExportReport, ParityError, export_int8_onnx, export_onnx
+from fbnas.export.onnx import (
+    ExportReport,
+    ParityError,
+    TrainedInt8,
+    export_int8_onnx,
+    export_onnx,
+)
 from fbnas.latency.session import input_size
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "ExportReport",
     "Format",
     "ParityError",
+    "TrainedInt8",
     "accuracy_of_file",
     "check_precision",
     "check_suffix",

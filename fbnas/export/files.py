@@ -29,9 +29,10 @@ from fbnas.latency import model_files
 from fbnas.latency.converting import convert, in_float, layer_names
 from fbnas.latency.devices import Device
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
-from fbnas.latency.lowering import OPSET, quantize_onnx
+from fbnas.latency.lowering import OPSET, Scheme, quantize_onnx
 from fbnas.latency.profiling import AnyDevice
 from fbnas.latency.runtimes import RUNTIMES, runtime, suffixes
+from fbnas.latency.saturation import saturates
 from fbnas.space.heads import Heads
 from fbnas.space.network import NetworkCard
 from fbnas.space.structure import rounds
@@ -59,7 +60,8 @@ def export_file(
     time and have them in PATH.json too. Of several heads an ONNX file has an output for each, other
     files one with the scores of all side by side. The file stays only if its scores agree with
     torch's: at fp32 within the runtime's tolerance, at fp16 within 2 % (relative RMS), at int8 by
-    the share of images that get the same class, where `least_agreement` states one.
+    the share of images that get the same class, where `least_agreement` states one. int8 weights of
+    ONNX files and the IR have 7 bits on a device whose sums of 8 bits are cut off (`saturates`).
 
     Args:
         images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
@@ -69,8 +71,8 @@ def export_file(
         precision: fp32, fp16 or int8; the device's where not given.
         opset: version of ONNX's operators, 13 to 20.
         least_agreement: 0 to 1, of int8 files.
-        float_layers: what computes in float in an int8 file: names of layers of the fp32 ONNX file
-            for ONNX files and the IR, of modules for others.
+        float_layers: what computes in float in an int8 file: names of layers of the ONNX file for
+            ONNX files and the IR, of modules for others.
 
     Raises:
         InputError: int8 without calibration or form, a form of another network, for another
@@ -106,6 +108,7 @@ def export_file(
                 form=form,
                 opset=opset,
                 float_layers=float_layers,
+                seven_bits=precision == "int8" and form is None and saturates(device),
             )
         else:
             assert isinstance(device, Device)
@@ -136,6 +139,7 @@ def _write_through_onnx(
     form: QuantizedForm | None,
     opset: int,
     float_layers: Collection[str],
+    seven_bits: bool,
 ) -> None:
     """Write the fp32 ONNX file, and from it another precision, OpenVINO's IR, or both.
 
@@ -145,11 +149,20 @@ def _write_through_onnx(
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         source = Path(folder) / "source.onnx"
         if form is not None:
-            export_int8_onnx(network, form, source, card=written, images=images, opset=opset)
+            export_int8_onnx(
+                network,
+                form,
+                source,
+                card=written,
+                images=images,
+                opset=opset,
+                float_layers=float_layers,
+            )
         else:
             export_onnx(network, source, card=written, images=images, opset=opset)
             if precision == "int8":
-                quantize_onnx(source, source, shown, float_layers=float_layers)
+                scheme = Scheme(reduce_range=seven_bits)
+                quantize_onnx(source, source, shown, scheme=scheme, float_layers=float_layers)
         if path.suffix == ".xml":
             write_ir(source, path, _named(card), halve=precision == "fp16")
         elif precision == "fp16":

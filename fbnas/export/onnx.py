@@ -3,8 +3,11 @@
 import copy
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,12 +19,15 @@ from fbnas.export.metadata import metadata_of
 from fbnas.files import atomic_write
 from fbnas.latency import model_files
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
-from fbnas.latency.lowering import OPSET, write_onnx
-from fbnas.latency.qdq import write_int8_onnx
+from fbnas.latency.lowering import OPSET, layer_names, store_onnx, trace_onnx, write_onnx
+from fbnas.latency.qdq import with_int8_weights
 from fbnas.latency.session import open_session, run
 from fbnas.space.heads import Heads, rows_of
 from fbnas.space.network import NetworkCard
 from fbnas.space.structure import rounds
+
+if TYPE_CHECKING:
+    import onnx
 
 # Rounding differs with the order of sums; FBNet-A and FBNet-C at 224 were measured at 5e-7.
 TOLERANCE = 1e-3
@@ -117,6 +123,59 @@ def halve_onnx(source: Path, path: Path) -> None:
     atomic_write(path, model.SerializeToString())
 
 
+@dataclass(frozen=True)
+class TrainedInt8:
+    """The int8 file of a network that was trained for it, with any of its layers in float.
+
+    It has exactly the grids that the training left, and is what `quantize_file` takes as `by`.
+
+    Args:
+        form: what the training left beside the weights.
+        input_shape: (c, h, w) of one image.
+        card: goes into the file's metadata.
+        opset: version of ONNX's operators, 13 to 20.
+    """
+
+    network: nn.Module
+    form: QuantizedForm
+    input_shape: tuple[int, int, int]
+    card: NetworkCard | None = None
+    opset: int = OPSET
+
+    @property
+    def images(self) -> int:
+        """How many calibrate it: none, its ranges were trained with the weights."""
+        return 0
+
+    @cached_property
+    def _traced(self) -> "onnx.ModelProto":
+        deployed = as_deployed(self.network, self.form)
+        return trace_onnx(deployed, self.input_shape, batch=None, opset=self.opset)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the nodes with weights, in order."""
+        return layer_names(self._traced.graph)
+
+    def write(self, path: Path, float_layers: Collection[str] = (), *, draft: bool = False) -> Path:
+        """Write the file in which all layers but these compute in int8, and return its path.
+
+        Args:
+            float_layers: their weights are the same numbers in float; nothing is rounded between
+                two of them.
+            draft: makes no difference here.
+
+        Raises:
+            InputError: another opset, a form of another network, or no ONNX form.
+        """
+        metadata = {} if self.card is None else metadata_of(self.card)
+        model = with_int8_weights(self._traced, self.form, float_layers)
+        store_onnx(model, path, metadata=metadata)
+        if self.card is not None and self.card.heads:
+            divide_scores(path, self.card.heads)
+        return path
+
+
 def export_int8_onnx(
     network: nn.Module,
     form: QuantizedForm,
@@ -126,6 +185,7 @@ def export_int8_onnx(
     input_shape: tuple[int, int, int] | None = None,
     images: Tensor | None = None,
     opset: int = OPSET,
+    float_layers: Collection[str] = (),
 ) -> ExportReport:
     """Write a network that was trained for int8 as such a file, with exactly the grids it knows.
 
@@ -139,6 +199,7 @@ def export_int8_onnx(
         input_shape: (c, h, w), where there is no card and the network does not know its own.
         images: (n, c, h, w) float, normalised, to compare by; seeded noise where not given.
         opset: version of ONNX's operators, 13 to 20.
+        float_layers: that compute in float, as of `TrainedInt8`; torch's imitation has all in int8.
 
     Raises:
         InputError: no input shape, another opset, a form of another network, or no ONNX form.
@@ -150,10 +211,7 @@ def export_int8_onnx(
     if images is None:
         images = torch.randn(PARITY_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     path = Path(path)
-    metadata = {} if card is None else metadata_of(card)
-    write_int8_onnx(network, form, shape, path, metadata=metadata, opset=opset)
-    if card is not None and card.heads:
-        divide_scores(path, card.heads)
+    TrainedInt8(network, form, shape, card, opset).write(path, float_layers)
     return _compared(as_deployed(network, form), path, images, card)
 
 

@@ -312,7 +312,9 @@ class Device:
         assert best is not None
         return best
 
-    def scores(self, path: Path, images: np.ndarray, *, batch: int = 32) -> np.ndarray:
+    def scores(
+        self, path: Path, images: np.ndarray, *, batch: int = 32, there: bool = False
+    ) -> np.ndarray:
         """Return what a model file answers, as the runtime computes it.
 
         Computed on this machine where the runtime is here too, else on the device.
@@ -320,6 +322,7 @@ class Device:
         Args:
             images: (n, c, h, w) float32.
             batch: images per run, where the file leaves it open.
+            there: on the device in any case.
 
         Returns:
             (n, classes) float32.
@@ -327,7 +330,7 @@ class Device:
         Raises:
             InputError: as `measure`, or images of another shape.
         """
-        here = bool(self.host) and runtime(self.runtime).available()
+        here = bool(self.host) and not there and runtime(self.runtime).available()
         host: Host = LocalHost() if here else self._host()
         with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
             work = Path(folder)

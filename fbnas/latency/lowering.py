@@ -35,6 +35,7 @@ FOLLOWING = (  # ONNX Runtime quantizes them where their input is
     *("Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
     *("Slice", "Pad", "MaxPool", "AveragePool", "Constant"),
 )
+ROUNDINGS = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,23 @@ def layer_names(graph: "onnx.GraphProto") -> tuple[str, ...]:
     )
 
 
+def float_nodes(graph: "onnx.GraphProto", float_layers: Collection[str]) -> frozenset[str]:
+    """Return the names of all nodes that compute in float where these layers do.
+
+    Args:
+        graph: sorted; it may have roundings (QuantizeLinear, DequantizeLinear) already.
+    """
+    layers = set(layer_names(graph))
+    found = {*float_layers, *_between_float(graph, frozenset(float_layers))}
+    makers = {name: node.name for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type in (*FOLLOWING, *ROUNDINGS) and node.name not in layers and node.input:
+            maker = makers.get(node.input[0])
+            if maker is None or maker in found:
+                found.add(node.name)
+    return frozenset(found)
+
+
 def _between_float(graph: "onnx.GraphProto", float_layers: frozenset[str]) -> list[str]:
     """Return the names of sums, poolings and the like that are to compute in float too.
 
@@ -346,7 +364,7 @@ def _between_float(graph: "onnx.GraphProto", float_layers: frozenset[str]) -> li
             readers.setdefault(name, []).append(node)
     found = []
     for node in graph.node:
-        if node.name in layers or node.op_type in FOLLOWING:
+        if node.name in layers or node.op_type in (*FOLLOWING, *ROUNDINGS):
             continue
         before = _nearest(node, layers, lambda x: [makers[i] for i in x.input if i in makers])
         after = _nearest(node, layers, lambda x: [r for o in x.output for r in readers.get(o, [])])

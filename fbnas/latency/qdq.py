@@ -6,16 +6,16 @@ a rounding behind every operator that only moves values, so that integer kernels
 Weights of fewer bits are whole numbers of that few bits in int8 tensors, which run everywhere.
 """
 
+import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
-from fbnas.latency.lowering import OPSET, store_onnx, trace_onnx
+from fbnas.latency.fake_quantization import QuantizedForm
+from fbnas.latency.lowering import FOLLOWING, ROUNDINGS, float_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -26,52 +26,58 @@ OFF_GRID = 1e-2  # of a step: what is further from it is no weight of the form, 
 BIAS_STEPS = 2.0**30  # that a bias may take, of the 2^31 that int32 has
 
 
-def write_int8_onnx(
-    network: nn.Module,
-    form: QuantizedForm,
-    input_shape: tuple[int, int, int],
-    path: Path | str,
-    *,
-    batch: int | None = None,
-    metadata: dict[str, str] | None = None,
-    opset: int = OPSET,
-) -> None:
-    """Write a network whose weights lie on their grids as int8: uint8 activations, int8 weights.
+def with_int8_weights(
+    traced: "onnx.ModelProto", form: QuantizedForm, float_layers: Collection[str] = ()
+) -> "onnx.ModelProto":
+    """Return the int8 form of a traced `as_deployed` network: uint8 activations, int8 weights.
+
+    The trace is left as it is.
 
     Args:
-        input_shape: (c, h, w) of one image.
-        batch: images per run; None leaves it open.
-        metadata: key-value pairs stored in the file.
-        opset: version of ONNX's operators, 13 to 20.
-
-    Raises:
-        InputError: another opset, the form is of another network, or that has no ONNX form.
+        float_layers: names of layers, as of `layer_names`, that compute in float: their weights
+            stay what they are, and nothing is rounded that float layers make for float layers.
     """
-    model = trace_onnx(as_deployed(network, form), input_shape, batch=batch, opset=opset)
-    _Lowering(model.graph, form).run()
-    store_onnx(model, path, metadata=metadata)
+    model = copy.deepcopy(traced)
+    in_float = float_nodes(model.graph, float_layers) if float_layers else frozenset[str]()
+    _Lowering(model.graph, form, in_float).run()
+    return model
 
 
 @dataclass
 class _Lowering:
     """A graph that is written anew, node by node.
 
+    in_float: names of the nodes that compute in float.
     grids: of each dequantized tensor, the names of its scale and zero point and the scale.
     values: of all constant tensors. stored: names of the tensors of an activation's grid.
+    makers, readers: of each tensor. renamed: tensors whose rounding is gone, to what they are now.
     """
 
     graph: "onnx.GraphProto"
     form: QuantizedForm
+    in_float: frozenset[str] = frozenset()
     grids: dict[str, tuple[str, str, float]] = field(default_factory=dict)
     nodes: list["onnx.NodeProto"] = field(default_factory=list)
     values: dict[str, np.ndarray] = field(default_factory=dict)
     stored: dict[tuple[float, int], tuple[str, str]] = field(default_factory=dict)
+    makers: dict[str, "onnx.NodeProto"] = field(default_factory=dict)
+    readers: dict[str, list["onnx.NodeProto"]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         self.values = _constants(self.graph)
         rounded = {n.input[0] for n in self.graph.node if n.op_type == "QuantizeLinear"}
         outputs = {output.name for output in self.graph.output}
         for node in self.graph.node:
+            self.makers |= dict.fromkeys(node.output, node)
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        for node in self.graph.node:
+            for place, name in enumerate(node.input):
+                node.input[place] = self.renamed.get(name, name)
+            if self._is_idle(node):
+                self._leave_out(node, outputs)
+                continue
             self.nodes.append(node)
             if node.op_type == "QuantizeLinear":
                 self._name_grid(node)
@@ -81,9 +87,36 @@ class _Lowering:
             elif node.op_type in MOVING and node.input[0] in self.grids:
                 if not {node.output[0]} & (rounded | outputs):
                     self._round_moved(node)
-            elif node.op_type in OUT_AXIS:
+            elif node.op_type in OUT_AXIS and node.name not in self.in_float:
                 self._lower_weights(node)
         self._keep_what_is_used()
+
+    def _is_idle(self, node: "onnx.NodeProto") -> bool:
+        """Whether a node is part of a rounding of what float made for float."""
+        if node.op_type not in ROUNDINGS or node.name not in self.in_float:
+            return False
+        if node.op_type == "DequantizeLinear":  # as what is before it
+            maker = self.makers.get(node.input[0])
+            return maker is None or maker.op_type != "QuantizeLinear"
+        return all(self._reads_in_float(reader) for reader in self._readers(node))
+
+    def _reads_in_float(self, node: "onnx.NodeProto") -> bool:
+        if node.op_type not in (*FOLLOWING, *ROUNDINGS):
+            return node.name in self.in_float
+        return all(self._reads_in_float(reader) for reader in self._readers(node))
+
+    def _readers(self, node: "onnx.NodeProto") -> list["onnx.NodeProto"]:
+        return [reader for name in node.output for reader in self.readers.get(name, [])]
+
+    def _leave_out(self, node: "onnx.NodeProto", outputs: set[str]) -> None:
+        """Let what reads a node's output read its input; an output of the graph keeps its name."""
+        before, after = node.input[0], node.output[0]
+        if after in outputs:
+            maker = self.makers[before]
+            maker.output[list(maker.output).index(before)] = after
+            self.renamed[before] = after
+        else:
+            self.renamed[after] = before
 
     def _name_grid(self, node: "onnx.NodeProto") -> tuple[str, str]:
         """Give a node its scale and zero point as tensors of the file."""

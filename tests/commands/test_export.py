@@ -257,14 +257,14 @@ def test_a_file_that_disagrees_with_what_was_trained_is_deleted(
 ) -> None:
     if not runtime(FORMATS[name].runtime).available():
         pytest.skip(f"{name} is not installed here")
-    real = writer.write_int8_onnx
+    real = writer.trace_onnx
 
-    def of_another(network: Any, *arguments: Any, **options: Any) -> None:
+    def of_another(network: Any, *arguments: Any, **options: Any) -> onnx.ModelProto:
         other = copy.deepcopy(network)
         other.classifier.linear.weight.data.neg_()  # which stays on its grid
-        real(other, *arguments, **options)
+        return real(other, *arguments, **options)
 
-    monkeypatch.setattr(writer, "write_int8_onnx", of_another)
+    monkeypatch.setattr(writer, "trace_onnx", of_another)
     out = tmp_path / "out"
     more = [f"format={name}", "precision=int8", "measure=false", f"out={out}"]
     assert main(["export", f"model={rounded}", *more]) == 1
