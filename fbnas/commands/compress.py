@@ -60,7 +60,7 @@ from fbnas.training.settings import TrainingSettings
 INT8 = StaticQuantization.NAME  # of a file, so the last
 NAMES = (*METHODS, INT8)
 SEVEN_BITS = (
-    "int8 weights have 7 bits: sums of 8 bits are cut off at 16 bits there (x86 without VNNI)"
+    "int8 weights have 7 bits: this device cuts sums of 8 bits off at 16 bits (x86 without VNNI)"
 )
 
 
@@ -154,7 +154,7 @@ def build_method(name: str, config: dict[str, Any], device: AnyDevice | None = N
         bits = 7 if device is not None and saturates(device) else 8
         options = {**options, "weight_bits": bits}
         if bits < 8:
-            print(SEVEN_BITS)
+            print(f"{SEVEN_BITS}; compression.qat.weight_bits=8 for 8")
     return kind(**options)
 
 
@@ -366,12 +366,22 @@ def _int8(
     The float file where int8 does not pay at all. Returned with the rest is its step.
     """
     device = device_of(config)
-    method = quantization_of(config, device)
-    if method.reduce_range and trained is None:
-        print(SEVEN_BITS)
+    if trained is None:
+        method = told_quantization(config, device)
+    else:
+        method = quantization_of(config)
+        warn_of_bits(trained.form, device)
     measured_on = device if config["measure"] and method.pays else None
+    judged_on = device if device.suffix == ".onnx" else None
     layers = quantized(
-        source, target, data, method, measured_on=measured_on, seed=config["seed"], by=trained
+        source,
+        target,
+        data,
+        method,
+        measured_on=measured_on,
+        scored_on=judged_on,
+        seed=config["seed"],
+        by=trained,
     )
     if not layers["pays"]:
         target.write_bytes(source.read_bytes())
@@ -387,10 +397,13 @@ def _int8(
             f"{target} is an int8 ONNX file; {device.runtime} reads none, so it was not measured: "
             f"fbnas export format={device.runtime} precision=int8 makes that runtime's own file"
         )
-    accuracy = judge_file(target, data, data.test)
+    accuracy = judge_file(target, data, data.test, device=judged_on)
     latencies_ms = _file_latencies(config, source, target, found)
+    step = _int8_step(
+        source, target, data, latencies_ms=latencies_ms, known=known, judged_on=judged_on
+    )
     return {
-        "step": _int8_step(source, target, data, latencies_ms=latencies_ms, known=known),
+        "step": step,
         "model_bytes": size,
         "accuracy": accuracy,
         "accuracy_top1": accuracy.all,
@@ -406,6 +419,7 @@ def _int8_step(
     *,
     latencies_ms: tuple[float | None, float | None],
     known: Facts | None,
+    judged_on: AnyDevice | None,
 ) -> dict[str, Any]:
     """Return the step `int8` of result.json: the fp32 file before it, the int8 file after it.
 
@@ -414,12 +428,14 @@ def _int8_step(
     Args:
         latencies_ms: of both.
         known: of the network; None: counts stay None.
+        judged_on: whose answers count; None: those of ONNX Runtime here.
     """
     before_ms, after_ms = latencies_ms
     counts = {name: known and getattr(known, name) for name in ("params", "macs", "nonzero")}
 
     def of(file: Path, latency_ms: float | None) -> dict[str, Any]:
-        size, accuracy = file.stat().st_size, judge_file(file, data, data.validation).all
+        size = file.stat().st_size
+        accuracy = judge_file(file, data, data.validation, device=judged_on).all
         weighed = {"dense_bytes": size, "stored_bytes": size}
         return {**counts, **weighed, "accuracy": accuracy, "latency_ms": latency_ms}
 
@@ -539,10 +555,29 @@ def quantization_of(config: dict[str, Any], device: AnyDevice | None = None) -> 
     """Build the method of `compression.quantization`.
 
     Args:
-        device: decides what is left to it: whether weights have 7 bits.
+        device: decides what is left to it where it runs ONNX files: whether weights have 7 bits.
     """
     options = config["compression"]["quantization"]
     check_known("option of compression.quantization:", options, options_of(StaticQuantization))
-    if options["reduce_range"] is None and device is not None:
+    if options["reduce_range"] is None and device is not None and device.suffix == ".onnx":
         options = {**options, "reduce_range": saturates(device)}
     return StaticQuantization(**options)
+
+
+def told_quantization(config: dict[str, Any], device: AnyDevice) -> StaticQuantization:
+    """Do the same, and say where the device decided for 7 bits."""
+    method = quantization_of(config, device)
+    left_open = config["compression"]["quantization"]["reduce_range"] is None
+    if left_open and method.reduce_range:
+        print(f"{SEVEN_BITS}; compression.quantization.reduce_range=false for 8")
+    return method
+
+
+def warn_of_bits(form: QuantizedForm, device: AnyDevice) -> None:
+    """Say where a network was trained for more bits than a device bears."""
+    if form.weight_bits > 7 and saturates(device):
+        print(
+            f"The network was trained for int8 weights of {form.weight_bits} bits, whose sums "
+            f"{device.name} cuts off at 16 bits (x86 without VNNI), which costs accuracy: "
+            "compression.qat.weight_bits=7 trains it for what that bears"
+        )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fbnas.commands.compress import form_of
+from fbnas.commands.compress import SEVEN_BITS, form_of, warn_of_bits
 from fbnas.commands.folder import OutFolder
 from fbnas.commands.heads import data_of_heads, joined
 from fbnas.commands.int8 import RECORD, KnownLayers, record_of
@@ -36,6 +36,7 @@ from fbnas.latency.fake_quantization import QuantizedForm
 from fbnas.latency.lowering import OPSETS
 from fbnas.latency.model_files import parts
 from fbnas.latency.runtimes import runtime
+from fbnas.latency.saturation import saturates
 from fbnas.latency.timing import Timing
 from fbnas.space import Network, NetworkCard, count
 from fbnas.space.heads import only_head
@@ -205,14 +206,16 @@ def known_layers(
     if source is None or not config["float_layers"]:
         return None
     trained = (source / FORM_FILE).is_file()
-    of_run = record_of(source.name) if trained else RECORD
-    known = KnownLayers.read(source / RECORD, Path(config["model"]) / "models" / of_run)
+    models = Path(config["model"]) / "models"
+    of_training = [models / record_of(source.name)] if trained else []
+    known = KnownLayers.read(source / RECORD, *of_training, models / RECORD)
     if known is None:
         return None
     formats = [
         each.name
         for each, precision in wanted
         if (each.runtime, precision) == (known.runtime, "int8")
+        and not (trained and each.suffix in THROUGH_ONNX and known.reduce_range is not None)
     ]
     if not formats:
         return None
@@ -337,6 +340,18 @@ class Job:
 
     def _exported(self, path: Path, device: Device, precision: str) -> ExportReport:
         form = self._form(device) if precision == "int8" else None
+        known = self.known
+        if known is not None and known.runtime != device.runtime:
+            known = None
+        reduce_range = self.config["reduce_range"]
+        if reduce_range is None and known is not None:
+            reduce_range = known.reduce_range
+        if reduce_range is None:
+            reduce_range = precision == "int8" and form is None and saturates(device)
+            if reduce_range:
+                print(f"{SEVEN_BITS}; reduce_range=false for 8")
+        if form is not None:
+            warn_of_bits(form, device)
         if precision == "int8" and form is None and not self.calibration:
             trained = self.source is not None and (self.source / FORM_FILE).is_file()
             why = "has no place for the grids of qat and " if trained else ""
@@ -352,9 +367,8 @@ class Job:
             precision=precision,
             opset=self.config["opset"],
             least_agreement=self.config["agreement"],
-            float_layers=self.known.layers
-            if self.known is not None and self.known.runtime == device.runtime
-            else (),
+            float_layers=() if known is None else known.layers,
+            reduce_range=reduce_range,
         )
 
     def _form(self, device: Device) -> QuantizedForm | None:

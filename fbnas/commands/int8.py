@@ -23,7 +23,7 @@ from fbnas.training.heads import task_of
 
 TABLE, PLOT = "sensitivity.csv", "sensitivity.html"
 COSTS_TABLE, COSTS_PLOT = "int8_saves.csv", "int8_saves.html"
-RECORD = "int8.layers.json"  # beside the int8 file, of `fbnas compress` and of a run's stage int8
+RECORD = "int8.layers.json"  # beside the int8 file of `fbnas compress`, or of a run's stage int8
 JUDGING = "onnxruntime"  # what is judged and not measured holds for it
 
 
@@ -80,13 +80,16 @@ def quantized(
         task=task_of(data.heads),
         by=by,
     )
+    prefix = "" if record == RECORD else f"{record.partition('.')[0]}_"
     if report.sensitivities:
-        write_sensitivities(target.parent, report)
+        write_sensitivities(target.parent, report, prefix)
     for line in told(report, noun_of(target.suffix)):
         print(line)
     if report.latencies is not None and report.latencies.layer_costs:
-        write_layer_costs(target.parent, report, report.latencies)
+        write_layer_costs(target.parent, report, report.latencies, prefix)
     found = as_fields(report)
+    if by is None:
+        found["reduce_range"] = method.scheme.reduce_range
     runtime = measured_on.runtime if isinstance(measured_on, Device) and can_measure else JUDGING
     write_json(kept, {"source": digest(source_of_it), "runtime": runtime, **found})
     return found
@@ -97,12 +100,14 @@ class KnownLayers:
     """What a command found out of int8: the layers left in float, and whether int8 pays at all.
 
     `runtime`: that it holds for. Of one that reads ONNX files layers are named as in the fp32 file,
-    of others as the modules.
+    of a network that was trained for int8 as in its own, of other runtimes as the modules.
+    `reduce_range`: whether weights had 7 bits; None where they were not calibrated as ONNX.
     """
 
     layers: tuple[str, ...]
     pays: bool
     runtime: str
+    reduce_range: bool | None = None
 
     @property
     def noun(self) -> str:
@@ -116,7 +121,8 @@ class KnownLayers:
             if record.is_file():
                 found = read_json(record)
                 layers = (*found["float_for_accuracy"], *found["float_for_speed"])
-                return cls(layers, found["pays"], found.get("runtime", JUDGING))
+                runtime = found.get("runtime", JUDGING)
+                return cls(layers, found["pays"], runtime, found.get("reduce_range"))
         return None
 
 
@@ -173,10 +179,11 @@ def _measured(latencies: Latencies) -> dict[str, Any]:
     return found
 
 
-def write_sensitivities(folder: Path, report: QuantizationReport) -> None:
+def write_sensitivities(folder: Path, report: QuantizationReport, prefix: str = "") -> None:
     """Write the table and the plot of what int8 of each layer alone does."""
     left = set(report.float_layers)
-    _write_table(folder / TABLE, report.sensitivities, left)
+    table, plot = folder / f"{prefix}{TABLE}", folder / f"{prefix}{PLOT}"
+    _write_table(table, report.sensitivities, left)
     bars = [
         Bar(
             short(found.layer),
@@ -188,7 +195,7 @@ def write_sensitivities(folder: Path, report: QuantizationReport) -> None:
         for found in report.sensitivities
     ]
     write_bars(
-        folder / PLOT,
+        plot,
         bars,
         title="What int8 of each layer alone does to the scores",
         axis="signal to quantization noise of the scores, dB",
@@ -197,13 +204,16 @@ def write_sensitivities(folder: Path, report: QuantizationReport) -> None:
             "the other colour were left in float. Hover a bar to see more."
         ],
     )
-    print(f"sensitivity of {len(bars)} layers: {folder / TABLE}, {folder / PLOT}")
+    print(f"sensitivity of {len(bars)} layers: {table}, {plot}")
 
 
-def write_layer_costs(folder: Path, report: QuantizationReport, latencies: Latencies) -> None:
+def write_layer_costs(
+    folder: Path, report: QuantizationReport, latencies: Latencies, prefix: str = ""
+) -> None:
     """Write the table and the plot of what int8 of each layer saves on the device."""
     left, costs = set(report.float_layers), latencies.layer_costs
-    _write_table(folder / COSTS_TABLE, costs, left)
+    table, plot = folder / f"{prefix}{COSTS_TABLE}", folder / f"{prefix}{COSTS_PLOT}"
+    _write_table(table, costs, left)
     bars = [
         Bar(
             short(cost.layer),
@@ -216,7 +226,7 @@ def write_layer_costs(folder: Path, report: QuantizationReport, latencies: Laten
     ]
     changes_us = [1e3 * cost.change_ms for cost in costs[:-1]]
     write_bars(
-        folder / COSTS_PLOT,
+        plot,
         bars,
         title="What int8 of each layer saves on this device",
         axis="saved by int8, microseconds; negative: float is faster",
@@ -228,7 +238,7 @@ def write_layer_costs(folder: Path, report: QuantizationReport, latencies: Laten
             "gains less than that between two of the other precision follows them.",
         ],
     )
-    print(f"what int8 of each layer saves: {folder / COSTS_TABLE}, {folder / COSTS_PLOT}")
+    print(f"what int8 of each layer saves: {table}, {plot}")
 
 
 def _write_table(

@@ -14,7 +14,6 @@ import torch
 
 from fbnas.commands.compress import (
     INT8,
-    SEVEN_BITS,
     DeviceMeasure,
     build_method,
     compress_and_save,
@@ -22,7 +21,9 @@ from fbnas.commands.compress import (
     method_names,
     packed_file,
     quantization_of,
+    told_quantization,
     trained_int8,
+    warn_of_bits,
 )
 from fbnas.commands.int8 import noun_of, quantized, record_of
 from fbnas.commands.teachers import Sources
@@ -160,11 +161,13 @@ def _compressed(
 def _as_trained(name: str, run: "Judge", trained: Stage) -> Stage:
     """Write the int8 file of a network that was trained for it; layers that lose stay in float."""
     network, card = load_network(run.folder / name)
+    by = trained_int8(run.folder / name, network, card)
+    assert by is not None
+    warn_of_bits(by.form, run.device)
     as_float = _exported(f"{name}_in_float", name, run.folder, run.data, run.device)
     path = run.folder / "models" / f"{name}{run.device.suffix}"
-    note, _ = _mixed(
-        run, as_float, path, trained, by=trained_int8(run.folder / name, network, card)
-    )
+    note, _ = _mixed(run, as_float, path, trained, by=by)
+    as_float.path.unlink()
     accuracy = _accuracy(path, run.data, run.data.validation, run.device)
     return replace(
         as_float, name=name, path=path, precision=INT8, validation_accuracy=accuracy, note=note
@@ -312,9 +315,10 @@ def _mixed(
         trained: validation accuracy may fall below its by the run's max_accuracy_drop.
         by, made_from: as of `quantized`.
     """
-    method = quantization_of(run.config, run.device)
-    if method.reduce_range and by is None:
-        print(SEVEN_BITS)
+    if by is None:
+        method = told_quantization(run.config, run.device)
+    else:
+        method = quantization_of(run.config)
     if method.max_accuracy_drop is None:
         least = trained.validation_accuracy - run.config["max_accuracy_drop"]
         allowed = as_float.validation_accuracy - least

@@ -32,7 +32,7 @@ WHOLE = (
     "data.limit",
     "data.workers",
 )
-SWITCHES = ("compression.quantization.reduce_range",)  # null by default
+SWITCHES = ("compression.quantization.reduce_range", "reduce_range")  # null by default
 LISTS = {  # options that take one value or a list of them
     "search": (
         "table",

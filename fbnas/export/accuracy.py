@@ -10,6 +10,7 @@ from torch import Tensor
 from fbnas.errors import InputError
 from fbnas.latency.devices import Device
 from fbnas.latency.profiling import AnyDevice
+from fbnas.latency.saturation import saturates
 from fbnas.latency.session import open_session, run
 from fbnas.progress import progress
 from fbnas.training.heads import Accuracy, accuracy_by_head, task_of
@@ -106,8 +107,9 @@ def _answers(
     from fbnas.training.data import batches
 
     shown = batches(images, batch_size, mean=mean, std=std)
-    if device is None or _is_plain(device):
-        session = open_session(path, threads=threads)
+    cut_off_here = device is not None and _is_cut_off_here_alone(path, device)
+    if device is None or _is_plain(device) or cut_off_here:
+        session = open_session(path, threads=threads, whole_sums=cut_off_here)
         answers: Iterator[tuple[Tensor, Tensor]] = (
             (run(session, inputs), labels) for inputs, labels in shown
         )
@@ -153,6 +155,17 @@ def _scored(
 ) -> tuple[Tensor, Tensor]:
     inputs, labels = (torch.cat(parts) for parts in zip(*held, strict=True))
     return torch.from_numpy(device.scores(path, inputs.numpy())), labels
+
+
+def _is_cut_off_here_alone(path: Path, device: AnyDevice) -> bool:
+    """Whether this machine would cut off int8 sums of an ONNX file that its device computes whole.
+
+    They are then imitated in float here, or an error that is not the device's would be judged.
+    """
+    if path.suffix != ".onnx" or not saturates(Device()):
+        return False
+    elsewhere = not isinstance(device, Device) or bool(device.host)
+    return elsewhere and not saturates(device)
 
 
 def _is_plain(device: AnyDevice) -> bool:

@@ -53,6 +53,7 @@ def export_file(
     opset: int = OPSET,
     least_agreement: float | None = None,
     float_layers: Collection[str] = (),
+    reduce_range: bool | None = None,
 ) -> ExportReport:
     """Write a network as the device's runtime executes it, in the format of `path`'s suffix.
 
@@ -60,19 +61,21 @@ def export_file(
     time and have them in PATH.json too. Of several heads an ONNX file has an output for each, other
     files one with the scores of all side by side. The file stays only if its scores agree with
     torch's: at fp32 within the runtime's tolerance, at fp16 within 2 % (relative RMS), at int8 by
-    the share of images that get the same class, where `least_agreement` states one. int8 weights of
-    ONNX files and the IR have 7 bits on a device whose sums of 8 bits are cut off (`saturates`).
+    the share of images that get the same class, where `least_agreement` states one.
 
     Args:
         images: (n, c, h, w) float, normalised, for the check; seeded noise where not given.
         calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges.
         form: of a network that was trained for int8: an int8 ONNX file or IR has its grids, needs
-            no calibration, and is compared with torch's imitation of int8.
+            no calibration, and is compared with torch's imitation of int8, or with float_layers
+            with the network itself.
         precision: fp32, fp16 or int8; the device's where not given.
         opset: version of ONNX's operators, 13 to 20.
         least_agreement: 0 to 1, of int8 files.
         float_layers: what computes in float in an int8 file: names of layers of the ONNX file for
             ONNX files and the IR, of modules for others.
+        reduce_range: whether calibrated weights of ONNX files and the IR have 7 bits; None: where
+            the device cuts sums of 8 bits off (`saturates`).
 
     Raises:
         InputError: int8 without calibration or form, a form of another network, for another
@@ -108,13 +111,15 @@ def export_file(
                 form=form,
                 opset=opset,
                 float_layers=float_layers,
-                seven_bits=precision == "int8" and form is None and saturates(device),
+                seven_bits=precision == "int8"
+                and form is None
+                and (saturates(device) if reduce_range is None else reduce_range),
             )
         else:
             assert isinstance(device, Device)
             _convert(network, path, device, card, shown=shown, float_layers=float_layers)
         return _checked(
-            network if form is None else as_deployed(network, form),
+            network if form is None or float_layers else as_deployed(network, form),
             path,
             device,
             images,

@@ -1,8 +1,8 @@
 """What a model file says of itself: classes, preprocessing, architecture.
 
 Where it says so: ONNX in its metadata_props, OpenVINO's IR in its rt_info, .tflite and .pt2 in a
-JSON within (`zipfile` opens both), .pte in what its method `fbnas` returns; the last three also in
-FILE.json beside them, where that of a .pte is read.
+JSON within (`zipfile` opens both), .pte in what its method `fbnas` returns, which is read without
+its runtime; the last three also in FILE.json beside them.
 """
 
 import contextlib
@@ -49,7 +49,10 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         return _decoded(path, _of_onnx(path))
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a model file of fbnas export.")
-    inside = _decoded(path, _of_ir(path)) if path.suffix == ".xml" else _of_archive(path)
+    if path.suffix == ".xml":
+        inside = _decoded(path, _of_ir(path))
+    else:
+        inside = _of_program(path) if path.suffix == ".pte" else _of_archive(path)
     if inside or not sidecar(path).is_file():
         return inside
     beside: dict[str, Any] = read_json(sidecar(path))
@@ -134,6 +137,17 @@ def _of_archive(path: Path) -> dict[str, Any]:
         places = [name for name in archive.namelist() if name.split("/")[-1] == INSIDE]
         content: dict[str, Any] = json.loads(archive.read(places[0])) if places else {}
     return content
+
+
+def _of_program(path: Path) -> dict[str, Any]:
+    """Find the text that a .pte's method returns: the JSON of `metadata_of`, which it begins as."""
+    content = path.read_bytes()
+    start = content.find(b'{"version": ')
+    if start < 0:
+        return {}
+    text = content[start : content.find(b"\0", start)].decode("utf-8", "replace")
+    found, _ = json.JSONDecoder().raw_decode(text)
+    return dict(found)
 
 
 def _decoded(path: Path, stored: dict[str, str]) -> dict[str, Any]:

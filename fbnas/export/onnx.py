@@ -161,8 +161,8 @@ class TrainedInt8:
         """Write the file in which all layers but these compute in int8, and return its path.
 
         Args:
-            float_layers: their weights are the same numbers in float; nothing is rounded between
-                two of them.
+            float_layers: their weights are the same numbers in float; what one of them makes is
+                not rounded where all that reads it computes in float.
             draft: makes no difference here.
 
         Raises:
@@ -199,7 +199,8 @@ def export_int8_onnx(
         input_shape: (c, h, w), where there is no card and the network does not know its own.
         images: (n, c, h, w) float, normalised, to compare by; seeded noise where not given.
         opset: version of ONNX's operators, 13 to 20.
-        float_layers: that compute in float, as of `TrainedInt8`; torch's imitation has all in int8.
+        float_layers: that compute in float, as of `TrainedInt8`; the report then compares with the
+            network itself.
 
     Raises:
         InputError: no input shape, another opset, a form of another network, or no ONNX form.
@@ -212,7 +213,8 @@ def export_int8_onnx(
         images = torch.randn(PARITY_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     path = Path(path)
     TrainedInt8(network, form, shape, card, opset).write(path, float_layers)
-    return _compared(as_deployed(network, form), path, images, card)
+    alike = network if float_layers else as_deployed(network, form)
+    return _compared(alike, path, images, card)
 
 
 def _compared(

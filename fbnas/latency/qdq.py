@@ -35,7 +35,8 @@ def with_int8_weights(
 
     Args:
         float_layers: names of layers, as of `layer_names`, that compute in float: their weights
-            stay what they are, and nothing is rounded that float layers make for float layers.
+            stay what they are, and what float makes is not rounded where all that reads it
+            computes in float.
     """
     model = copy.deepcopy(traced)
     in_float = float_nodes(model.graph, float_layers) if float_layers else frozenset[str]()

@@ -1,10 +1,12 @@
 """Devices whose sums of int8 products are cut off, found by trying.
 
 x86 CPUs without VNNI multiply uint8 by int8 and add two products in 16 bits (vpmaddubsw), so that
-2 * 255 * 127 becomes 32,767. Weights of 7 bits, at most 64 in size, are never cut off.
+2 * 255 * 127 becomes 32,767. Weights of 7 bits, at most 64 in size, are never cut off. Runtimes
+with files of their own are not tried: their converters choose weights themselves.
 """
 
 import functools
+import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +17,32 @@ from fbnas.errors import InputError
 from fbnas.latency.devices import Device
 from fbnas.latency.profiling import AnyDevice
 
+log = logging.getLogger(__name__)
+
 CHANNELS, SIDE = 32, 8
 LEAST = 0.99  # of the sum: rounding to the grid of the output loses less
 
 
 def saturates(device: AnyDevice) -> bool:
-    """Whether int8 of ONNX files loses what is large there; False where that cannot be tried.
+    """Whether a device that runs ONNX files cuts off sums of int8 products; False for others.
 
     One convolution is run on the device, whose every sum is the largest that there is; the answer
-    is kept for as long as this process lives.
+    is kept for as long as this process lives. Where it cannot be run, that is told, and the answer
+    is no.
     """
     if not isinstance(device, Device) or device.suffix != ".onnx":
         return False
     alike = replace(device, name="any", precision="int8", threads=1, cores=(), converter=None)
-    return _saturates(alike)
+    try:
+        return _saturates(alike)
+    except (InputError, RuntimeError) as error:
+        log.warning(
+            "Whether %s cuts sums of int8 products off at 16 bits could not be tried (%s); it is "
+            "taken not to.",
+            device.name,
+            str(error).splitlines()[0],
+        )
+        return False
 
 
 @functools.cache
@@ -36,11 +50,8 @@ def _saturates(device: Device) -> bool:
     with tempfile.TemporaryDirectory(prefix="fbnas-") as folder:
         path = Path(folder) / "largest_sums.onnx"
         path.write_bytes(_largest_sums())
-        try:
-            images = np.ones((1, CHANNELS, SIDE, SIDE), np.float32)
-            found = device.scores(path, images, there=True)
-        except (InputError, RuntimeError):
-            return False
+        images = np.ones((1, CHANNELS, SIDE, SIDE), np.float32)
+        found = device.scores(path, images, there=True)
     return bool(found.min() < LEAST * CHANNELS)
 
 

@@ -16,13 +16,18 @@ HEADS_KEY = "fbnas.heads"  # of the metadata of a file with an output for each h
 
 
 def open_session(
-    path: Path | str, *, threads: int | None = None, optimise: bool = True
+    path: Path | str,
+    *,
+    threads: int | None = None,
+    optimise: bool = True,
+    whole_sums: bool = False,
 ) -> "onnxruntime.InferenceSession":
     """Load an ONNX file on the CPU.
 
     Args:
         threads: of the runtime; all cores where not given.
         optimise: off where only the file's metadata are wanted.
+        whole_sums: compute int8 in float between its roundings, which cuts no sum off.
 
     Raises:
         InputError: no such file, or not a whole ONNX file.
@@ -35,6 +40,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    if whole_sums:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

@@ -19,8 +19,9 @@ AS_FAST = 1.03  # a uniform network may take so much of the searched one's laten
 class Compared:
     """The searched networks of one budget, and the rest at their latency; accuracies by seed.
 
-    `uniform`: of the best one that is as fast, by its mean; empty where none is. `frontier`: of the
-    best family at the same latency, nan where none is that fast.
+    `random_off`: what random ones take more than the searched one of their seed, a fraction, the
+    least and the most. `uniform`: of the best one that is as fast, by its mean; empty where none
+    is. `frontier`: of the best family at the same latency, nan where none is that fast.
     """
 
     fraction: float
@@ -28,7 +29,7 @@ class Compared:
     measured_ms: float
     own: pd.Series
     random: pd.Series
-    random_off: float
+    random_off: tuple[float, float]
     uniform_name: str
     uniform: pd.Series
     frontier: pd.Series
@@ -68,7 +69,7 @@ def compared(result: pd.DataFrame, kind: str = SEARCHED) -> list[Compared]:
                 measured_ms=float(own.measured_ms.mean()),
                 own=own.accuracy,
                 random=random.groupby("seed").accuracy.mean(),
-                random_off=float(off.abs().max()),
+                random_off=(float(off.min()), float(off.max())),
                 uniform_name=name,
                 uniform=uniform,
                 frontier=frontier,

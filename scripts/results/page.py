@@ -19,7 +19,7 @@ def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
     everything = compared(result)
     ranked = compared(result, RANKED) if (result.kind == RANKED).any() else []
     noise = result.noise_floor.max()
-    off = max(c.random_off for c in [*everything, *ranked])
+    off = [end for c in [*everything, *ranked] for end in c.random_off]
     lines = [
         "# Searched networks against random, uniform and well-known ones",
         "",
@@ -40,8 +40,9 @@ def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
         "## At each budget",
         "",
         "Test accuracy of int8 files, %, mean ± deviation (seeds); gains in points. Random "
-        f"networks are at most {100 * off:.1f} % off the searched one's latency (noise floor "
-        f"{100 * noise:.1f} %). The best uniform network is the best of those that take at most "
+        f"networks take {100 * min(off):+.1f} to {100 * max(off):+.1f} % more or less than the "
+        f"searched one (noise floor {100 * noise:.1f} %; the faster they are, the more that "
+        "favours search). The best uniform network is the best of those that take at most "
         f"{100 * (AS_FAST - 1):.0f} % more than the searched one or the budget, chosen by these "
         "very test images, which favours it. Families are interpolated along latency between "
         "their widths, and the best of them at the searched network's latency counts.",
@@ -55,7 +56,7 @@ def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
         [
             *[*lines, "", "![accuracy by measured latency](results.png)", ""],
             *["## Every network", "", *every_network(result), ""],
-            *["## Hours", "", *hours(seconds), ""],
+            *["## Hours", "", *hours(seconds, result), ""],
         ]
     )
 
@@ -99,15 +100,18 @@ def every_network(result: pd.DataFrame) -> list[str]:
                     for r in searched.itertuples()]  # fmt: skip
 
 
-def hours(seconds: pd.DataFrame) -> list[str]:
-    """Of each step: of all processes together, and of the part that took longest."""
-    lines = ["| step | process hours | longest part |", "|---|---|---|"]
-    parts = seconds.groupby(["step", "part"], sort=False).seconds.sum() / 3600
-    by_step = parts.groupby("step", sort=False)
-    for step, own in by_step:
-        lines.append(f"| {step} | {own.sum():.2f} | {own.max():.2f} |")
-    lines.append(f"| all | {parts.sum():.2f} | {by_step.max().sum():.2f} |")
-    return [*lines, "", "Of processes that came to their end; one that was stopped left no hours."]
+def hours(seconds: pd.DataFrame, result: pd.DataFrame) -> list[str]:
+    """Of each step, of all processes together."""
+    found = seconds.groupby("step", sort=False).seconds.sum() / 3600
+    found["train"] = result.seconds.sum() / 3600
+    lines = ["| step | process hours |", "|---|---|"]
+    lines += [f"| {step} | {own:.2f} |" for step, own in found.items()]
+    lines.append(f"| all | {found.sum():.2f} |")
+    words = (
+        "Trainings are summed over the networks on this page. Of the other steps, processes that "
+        "came to their end count; one that was stopped left no hours."
+    )
+    return [*lines, "", words]
 
 
 def write_page(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str], folder: Path) -> None:

@@ -70,14 +70,18 @@ def measured(_: Device, files: Sequence[Path], *__: Any, **___: Any) -> Measurem
     return Measurement(timings, 0.01, np.array([times] * 2))
 
 
-def test_the_block_that_int8_makes_slower_is_left_in_float(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (converted, files, converting):
         monkeypatch.setattr(module, "convert", fake_convert)
     monkeypatch.setattr(Device, "measure_quietly", measured)
     monkeypatch.setattr(Device, "scores", scores)
     monkeypatch.setattr(files, "embed", lambda *_: None)
+
+
+def test_the_block_that_int8_makes_slower_is_left_in_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked(monkeypatch)
     table = write_table(tmp_path / "table.csv", **Device(runtime="pytorch").fingerprint())
     given = [f"space={write_space(tmp_path)}", "data=digits", "data.limit=320", f"table={table}"]
     quick = ["target_ms=9", "search.epochs=2", "training.epochs=1", "networks=0", "candidates=1"]
@@ -111,3 +115,28 @@ def test_the_block_that_int8_makes_slower_is_left_in_float(
     assert content(tmp_path / "exported" / "model.pt2")["left"] == expected
     assert main(["export", *asked, "float_layers=false", f"out={tmp_path / 'whole'}"]) == 0
     assert content(tmp_path / "whole" / "model.pt2")["left"] == []
+
+
+def test_export_knows_the_blocks_of_a_network_that_was_trained_for_int8_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file is fp32 but in ONNX, and int8 by the runtime's own converter after it."""
+    faked(monkeypatch)
+    table = write_table(tmp_path / "table.csv", **Device(runtime="pytorch").fingerprint())
+    given = [f"space={write_space(tmp_path)}", "data=digits", "data.limit=320", f"table={table}"]
+    quick = ["target_ms=9", "search.epochs=2", "training.epochs=1", "networks=0", "candidates=1"]
+    int8 = ["compression.methods=[qat,int8]", "compression.quantization.calibration_images=8"]
+    int8 += ["compression.fine_tuning.epochs=1", "max_accuracy_drop=1"]
+    run, device = tmp_path / "r", "device.runtime=pytorch"
+    assert main(["run", *given, *quick, *int8, device, f"out={run}"]) in (0, 3)
+    stages = json.loads((run / "result.json").read_text())["stages"]
+    found = [(stage["name"], stage["precision"], stage["network"]) for stage in stages]
+    assert found == [("fp32", "fp32", "train"), ("qat", "fp32", "qat"), ("int8", "int8", "qat")]
+    assert (run / "qat" / "quantization.json").is_file()
+    capsys.readouterr()
+    asked = [f"model={run}", "data=digits", "format=pt2", "precision=int8", "measure=false"]
+    assert main(["export", *asked, "agreement=0", f"out={tmp_path / 'exported'}"]) == 0
+    assert "1 blocks of the int8 pt2 file compute in float" in capsys.readouterr().out
+    kept = content(run / "models" / "int8.pt2")["left"]
+    assert content(tmp_path / "exported" / "model.pt2")["left"] == kept
+    assert sum(kept) == 1

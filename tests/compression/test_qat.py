@@ -50,6 +50,7 @@ from fbnas.latency.fake_quantization import (
     rounding_weights,
 )
 from fbnas.latency.saturation import saturates
+from fbnas.latency.session import open_session, run
 from fbnas.space import load_network, save_network
 from fbnas.space.depthwise import DepthwiseConv2d
 from fbnas.training import Data, TrainingDiverged, TrainingSettings, evaluate, train
@@ -212,6 +213,25 @@ def test_layers_in_float_round_nothing_between_them(
     off = np.abs(scores("two") - expected["two"])  # integer kernels round sums elsewhere
     assert np.median(off) <= step
     assert off.mean() < np.abs(scores("all") - expected["two"]).mean()
+
+
+def test_any_layers_may_compute_in_float(
+    made: tuple[nn.Module, Rounded], trained: Trained, tmp_path: Path
+) -> None:
+    """Before, behind and around sums, shuffles and pooling, in every version of the operators."""
+    network, rounded = made
+    data = trained.data
+    images = (data.validation.pixels[:64].float() / 255 - data.mean[0]) / data.std[0]
+    with torch.no_grad():
+        expected = network(images)
+    for seed, opset in enumerate((13, 17, 20, 17, 17, 17)):
+        file = TrainedInt8(network, rounded.form, (1, 8, 8), trained.card, opset)
+        drawn = torch.rand(len(file.layers), generator=torch.Generator().manual_seed(seed)) < 0.5
+        left = [name for name, taken in zip(file.layers, drawn.tolist(), strict=True) if taken]
+        path = file.write(tmp_path / f"{seed}.onnx", left)
+        assert roundings(path)[0] == left
+        found = run(open_session(path, whole_sums=True), images)
+        assert ((found - expected).norm() / expected.norm()) < 0.25
 
 
 def test_what_is_left_is_plain(made: tuple[nn.Module, Rounded]) -> None:

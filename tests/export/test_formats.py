@@ -59,9 +59,9 @@ def grey_network() -> nn.Module:
     return built.eval()
 
 
-def python_of(name: str) -> str:
+def python_of(name: str, precision: str = "fp32") -> str:
     """The interpreter that has a runtime and its converter; skips where there is none."""
-    absent = lacking(needed(runtime(name), "fp32"))
+    absent = lacking(needed(runtime(name), "fp32" if precision == "fp16" else precision))
     absent += [] if runtime(name).available() else [name]
     python = os.environ.get(f"FBNAS_{name.upper()}_PYTHON")
     if absent and python is None:
@@ -71,10 +71,11 @@ def python_of(name: str) -> str:
 
 def device_of(format_name: str, precision: str = "fp32") -> Device:
     name = FORMATS[format_name].runtime
-    python = python_of(name)
+    python = python_of(name, precision)
     return Device(
         runtime=name,
         precision="int8" if precision == "int8" else "fp32",
+        provider="compiled" if (name, precision) == ("pytorch", "int8") else "",
         python=None if python == sys.executable else python,
     )
 
@@ -216,14 +217,18 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         export_onnx(network(), tmp_path / "x.onnx", card=CARD, opset=25)
 
 
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 2e-4), ("int8", 0.2)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_example_classifies_with_nothing_but_the_runtime(name: str, tmp_path: Path) -> None:
-    path = copy(tmp_path, name)
-    example = write_example(tmp_path, name, [path.name], CARD, int8=False)
+def test_an_example_classifies_with_nothing_but_the_runtime(
+    name: str, precision: str, error: float, tmp_path: Path
+) -> None:
+    python = python_of(FORMATS[name].runtime, precision)
+    path = copy(tmp_path, name, precision)
+    example = write_example(tmp_path, name, [path.name], CARD, int8=precision == "int8")
     image = photo(tmp_path / "photo.png", (31, 20), "RGB")
-    found = classified(example, image, python_of(FORMATS[name].runtime))
+    found = classified(example, image, python)
     name, probability = expected(image, network(), CARD)
-    assert found == (name, pytest.approx(probability, abs=2e-4))
+    assert found == (name, pytest.approx(probability, abs=error))
 
 
 @pytest.mark.parametrize("card", [CARD, GREY], ids=["colour", "grey"])
@@ -273,7 +278,7 @@ def test_one_example_runs_each_of_its_files(tmp_path: Path) -> None:
         assert found == (name, pytest.approx(probability, abs=error))
 
 
-@pytest.mark.parametrize("name", ["tflite", "pt2"])
+@pytest.mark.parametrize("name", ["tflite", "pte", "pt2"])
 def test_metadata_lie_in_the_file_and_beside_it(name: str, tmp_path: Path) -> None:
     path = copy(tmp_path, name)
     beside = json.loads(sidecar(path).read_text())

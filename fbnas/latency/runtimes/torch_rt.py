@@ -105,6 +105,7 @@ def _quantized(module: Any, calibration: Sequence[np.ndarray], float_layers: Seq
     import torch
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    from torchao.utils import should_reduce_range
 
     class Quantizer(x86.X86InductorQuantizer):
         def annotate(self, model: Any) -> Any:
@@ -114,7 +115,11 @@ def _quantized(module: Any, calibration: Sequence[np.ndarray], float_layers: Seq
             return annotated
 
     quantizer = Quantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    # 7-bit weights on x86 without VNNI, whose sums of 8 bits saturate
+    config = x86.get_default_x86_inductor_quantization_config(
+        reduce_range=should_reduce_range(torch.device("cpu"))
+    )
+    quantizer.set_global(config)
     prepared = prepare_pt2e(module, quantizer)
     for images in calibration:
         prepared(torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)))
