@@ -2,6 +2,7 @@
 
     python scripts/compression/measure.py WORK CIFAR_FOLDER
         [--images 20000] [--epochs 12] [--fine-tune 2] [--blocks k5_e1,k3_e3,...] [--seeds 0]
+        [--only REGEX]
         [--steps base,methods,stacks,timed,measure,report] [--part 0/1]
 
 Every row is a `fbnas compress` of the same trained network. Steps, in order:
@@ -19,6 +20,7 @@ CIFAR_FOLDER holds train.parquet and test.parquet.
 
 import argparse
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +84,7 @@ class Study:
             (trial, seed)
             for seed in self.options.seeds
             for trial in trials(str(self.work), seed, self.options.epochs)
+            if re.fullmatch(self.options.only, trial.name)
         ]
 
 
@@ -284,7 +287,8 @@ def report(study: Study) -> None:
             f"{study.work / 'latency.csv'} is missing; expected --steps measure before."
         )
     places = {trial.name: place for place, (trial, _) in enumerate(study.plan())}
-    rows = rows_of(study.rows).sort_values("trial", key=lambda names: names.map(places))
+    rows = rows_of(study.rows)
+    rows = rows[rows.trial.isin(places)].sort_values("trial", key=lambda names: names.map(places))
     rows = rows.merge(latencies, how="left")
     write_report(rows, options.out, words=words, test_images=len(study.data.test))
 
@@ -309,6 +313,7 @@ def main() -> None:
     add("--epochs", type=int, default=12, help="of the network's training, and of tickets")
     add("--fine-tune", type=int, default=2, help="epochs after each method that trains")
     add("--seeds", default="0", help="of training and compression, separated by commas")
+    add("--only", default=".*", help="trials whose whole name, as in the table, this matches")
     add("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()
     options.work = options.work.absolute()

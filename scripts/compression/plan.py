@@ -10,7 +10,9 @@ from fbnas.compression import METHODS
 
 RATIOS = (0.2, 0.4)  # of the channels, at which pruning and int8 are tried in both orders
 INT8_PLAIN = ("compression.quantization.pays=false",)
-QAT_RATE = ("compression.fine_tuning.lr=0.01", "compression.qat.lr=null")  # folded layers bear less
+# Folded layers bear less: in a stack that begins with qat all that is tuned after it is folded.
+QAT_RATE = ("compression.qat.lr=0.01",)
+QAT_FIRST_RATE = ("compression.fine_tuning.lr=0.01", "compression.qat.lr=null")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _orders() -> list[Trial]:
             _stack(("channel_pruning", "int8"), f"{ratio:g}", pruning, *INT8_PLAIN),
             _stack(("channel_pruning", "qat"), f"{ratio:g}", pruning, *QAT_RATE),
             _stack(("qat", "channel_pruning", "int8"), f"{ratio:g}", pruning, *INT8_PLAIN,
-                   *QAT_RATE),
+                   *QAT_FIRST_RATE),
             _stack(("int8", "channel_pruning"), f"{ratio:g}", pruning),
         ]  # fmt: skip
     return found
@@ -170,7 +172,9 @@ def _stacks(work: str, seed: int) -> list[Trial]:
     return [
         _stack(("channel_pruning", "int8"), f"{RATIOS[1]:g} distilled", pruning, *INT8_PLAIN,
                "compression.fine_tuning.teacher=uncompressed"),
-        _stack(("sparsity", "weight_sharing"), "0.8, 16 values", sparse, *_shared(4)),
+        *(_stack(("sparsity", "weight_sharing"), f"{zeros:g}, {2**bits} values",
+                 f"compression.sparsity.sparsity={zeros}", *_shared(bits))
+          for zeros, bits in ((0.5, 6), (0.8, 4), (0.9, 4))),
         _stack(("channel_pruning", "sparsity", "weight_sharing"), "0.4, 0.8, 16 values", pruning,
                sparse, *_shared(4)),
         _stack(("sparsity", "qat"), "0.8, 8", sparse, *QAT_RATE),
