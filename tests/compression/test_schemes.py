@@ -129,7 +129,7 @@ def test_weights_have_the_scale_and_the_zero_point_of_their_scheme(
     symmetric: zero is 0, and 127 steps reach max |w|, of each output channel or of the whole
     tensor. asymmetric: 255 steps from the least, which is -128, to the largest.
     """
-    method = StaticQuantization(weights=weights, per_channel=per_channel)
+    method = StaticQuantization(weights=weights, per_channel=per_channel, reduce_range=False)
     found = [grid for _, grid in grids(network, method, tmp_path)]
     for grid, layer in zip(found, weighted(network), strict=True):
         exact = layer.weight.detach()
