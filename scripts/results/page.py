@@ -40,9 +40,9 @@ def words(result: pd.DataFrame, seconds: pd.DataFrame, about: list[str]) -> str:
         "## At each budget",
         "",
         "Test accuracy of int8 files, %, mean ± deviation (seeds); gains in points. Random "
-        f"networks take {100 * min(off):+.1f} to {100 * max(off):+.1f} % more or less than the "
-        f"searched one (noise floor {100 * noise:.1f} %; the faster they are, the more that "
-        "favours search). The best uniform network is the best of those that take at most "
+        f"networks differ from the searched one's latency by {100 * min(off):+.1f} to "
+        f"{100 * max(off):+.1f} % (noise floor {100 * noise:.1f} %); where they are faster, that "
+        "favours search. The best uniform network is the best of those that take at most "
         f"{100 * (AS_FAST - 1):.0f} % more than the searched one or the budget, chosen by these "
         "very test images, which favours it. Families are interpolated along latency between "
         "their widths, and the best of them at the searched network's latency counts.",

@@ -29,29 +29,24 @@ def draw(result: pd.DataFrame, path: Path) -> None:
     uniform = means(result[result.kind == UNIFORM], "name")
     bars(axes, uniform, ORANGE, "s", label="uniform networks, one block everywhere")
     for name, point in uniform.iterrows():
-        note(axes, str(name), point, ORANGE, size=7)
+        note(axes, str(name), point)
     families = result[result.kind == FAMILY]
     kinds = families.name.str.rsplit(" ", n=1).str[0]
     for (family, part), (colour, marker) in zip(
         families.groupby(kinds, sort=False), FAMILY_STYLES, strict=False
     ):
         own = means(part, "name").sort_values("ms")
-        bars(axes, own, colour, marker, line=":")
-        note(axes, str(family), own.iloc[-1], colour)
+        bars(axes, own, colour, marker, line=":", label=str(family))
     searched = means(result[result.kind == SEARCHED], "fraction").sort_values("ms")
-    bars(axes, searched, BLUE, "o", line="-", width=2.2)
-    note(axes, "most probable", searched.iloc[-1], BLUE, size=10)
+    bars(axes, searched, BLUE, "o", line="-", width=2.2, label="searched: most probable")
     ranked = means(result[result.kind == RANKED], "fraction").sort_values("ms")
     if len(ranked):
-        bars(axes, ranked, SKY, "o", line="-", width=2.2)
-        note(axes, "first by shared weights", ranked.iloc[-1], SKY, size=10)
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.12 * (high - low))  # room for the labels
+        bars(axes, ranked, SKY, "o", line="-", width=2.2, label="searched: first by shared weights")
     axes.set_xlabel("measured latency of the int8 file, ms")
     axes.set_ylabel("test accuracy of the int8 file, %")
     axes.set_title("Mean over seeds; bars: deviation over seeds", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -93,13 +88,13 @@ def bars(
     )
 
 
-def note(axes: plt.Axes, text: str, point: pd.Series, colour: str, *, size: int = 9) -> None:
+def note(axes: plt.Axes, text: str, point: pd.Series) -> None:
     """A label right of a point."""
     axes.annotate(
         text,
         (point.ms, point.accuracy),
         xytext=(6, -3),
         textcoords="offset points",
-        fontsize=size,
-        color=colour,
+        fontsize=7,
+        color=ORANGE,
     )
