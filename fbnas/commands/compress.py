@@ -559,7 +559,8 @@ def quantization_of(config: dict[str, Any], device: AnyDevice | None = None) -> 
     """
     options = config["compression"]["quantization"]
     check_known("option of compression.quantization:", options, options_of(StaticQuantization))
-    if options["reduce_range"] is None and device is not None and device.suffix == ".onnx":
+    left_open = options.get("reduce_range") is None
+    if left_open and device is not None and device.suffix == ".onnx":
         options = {**options, "reduce_range": saturates(device)}
     return StaticQuantization(**options)
 
@@ -567,7 +568,7 @@ def quantization_of(config: dict[str, Any], device: AnyDevice | None = None) -> 
 def told_quantization(config: dict[str, Any], device: AnyDevice) -> StaticQuantization:
     """Do the same, and say where the device decided for 7 bits."""
     method = quantization_of(config, device)
-    left_open = config["compression"]["quantization"]["reduce_range"] is None
+    left_open = config["compression"]["quantization"].get("reduce_range") is None
     if left_open and method.reduce_range:
         print(f"{SEVEN_BITS}; compression.quantization.reduce_range=false for 8")
     return method

@@ -187,11 +187,11 @@ def test_a_stage_of_a_run_measures_for_the_methods_that_ask(
     device = Busy(monkeypatch)
     both = "compression.methods=[channel_pruning,latency_pruning]"
     judge, trained = judge_in(tmp_path, network, both, "compression.pruning.round_to=4")
-    assert _compressed("latency_pruning", trained, judge, resume=False).params > 0
+    assert _compressed("latency_pruning", trained, judge, trained=trained, resume=False).params > 0
     assert (tmp_path / "latency_pruning" / "channel_steps.csv").is_file()
     asked = len(device.asked)
     assert asked > 2
-    assert _compressed("channel_pruning", trained, judge, resume=False).params > 0
+    assert _compressed("channel_pruning", trained, judge, trained=trained, resume=False).params > 0
     assert len(device.asked) == asked
 
 
@@ -204,7 +204,7 @@ def test_a_run_goes_on_without_a_latency_that_its_network_cannot_reach(
     Busy(monkeypatch)
     low = [f"compression.latency_pruning.{x}" for x in ("latency=0.01", "max_ratio=0.01")]
     judge, trained = judge_in(tmp_path, network, *low)
-    assert _compressed("latency_pruning", trained, judge, resume=False) is None
+    assert _compressed("latency_pruning", trained, judge, trained=trained, resume=False) is None
     assert "latency_pruning is left out: latency is 0.01 of" in capsys.readouterr().out
     assert not (tmp_path / "pruned" / "network.yaml").exists()
 
@@ -215,7 +215,7 @@ def test_the_default_of_a_run_prunes_as_far_as_the_device_gets_faster(
     Busy(monkeypatch)
     judge, trained = judge_in(tmp_path, network, "compression.latency_pruning.latency=0.01")
     assert judge.config["compression"]["methods"] == ["latency_pruning", "int8"]
-    stage = _compressed("latency_pruning", trained, judge, resume=False)
+    stage = _compressed("latency_pruning", trained, judge, trained=trained, resume=False)
     assert stage is not None and stage.name == "pruned"
     whole, card = load_network(network)
     assert stage.macs < 0.8 * count(whole, card.input_shape).macs

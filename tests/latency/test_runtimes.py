@@ -28,8 +28,10 @@ from fbnas.latency.converting import (
     layer_names,
     needed,
 )
+from fbnas.latency.devices import Device
 from fbnas.latency.profiling import enliven_
 from fbnas.latency.runtimes import RUNTIMES, ov, provider_name, runtime, torch_rt
+from fbnas.latency.saturation import saturates
 from fbnas.space import BLOCKS, SearchSpace, build_block, build_network
 from fbnas.space.architecture import Architecture
 
@@ -209,8 +211,10 @@ def test_agrees_with_torch(bench: Bench, precision: str, module_name: str, tmp_p
     assert taken == (1, *shape)
     error = difference(found, module, images(shape))
     assert error <= bench.runtime.TOLERANCE[precision]
-    # Stricter than what is accepted elsewhere: fp32 is not bf16, and int8 is really int8.
-    assert error < 1e-5 if precision == "fp32" else 1e-3 < error < 0.06
+    # Stricter than what is accepted elsewhere: fp32 is not bf16, and int8 is really int8, but where
+    # sums of 8 bits are cut off.
+    most = 0.3 if saturates(Device(runtime=bench.runtime.NAME)) else 0.06
+    assert error < 1e-5 if precision == "fp32" else 1e-3 < error < most
 
 
 def delicate() -> nn.Module:

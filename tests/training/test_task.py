@@ -24,7 +24,7 @@ def example() -> ModuleType:
 
 def test_four_properties_of_digits_are_searched_and_learned(tmp_path: Path) -> None:
     right = example().main(tmp_path, epochs=8)
-    assert right > 0.9  # always answering the more frequent half: 0.54
+    assert right > 0.85  # always answering the more frequent half: 0.54
 
 
 def test_properties_are_those_of_the_digit() -> None:
