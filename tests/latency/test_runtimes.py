@@ -211,9 +211,10 @@ def test_agrees_with_torch(bench: Bench, precision: str, module_name: str, tmp_p
     assert taken == (1, *shape)
     error = difference(found, module, images(shape))
     assert error <= bench.runtime.TOLERANCE[precision]
-    # Stricter than what is accepted elsewhere: fp32 is not bf16, and int8 is really int8, but where
-    # sums of 8 bits are cut off.
-    most = 0.3 if saturates(Device(runtime=bench.runtime.NAME)) else 0.06
+    # Stricter than what is accepted elsewhere: fp32 is not bf16, and int8 is really int8; but where
+    # sums of 8 bits are cut off ONNX files lose by that, and PyTorch's have 7, twice the step.
+    lossy = {"onnxruntime": 0.3, "openvino": 0.3, "pytorch": 0.12}
+    most = lossy.get(bench.runtime.NAME, 0.06) if saturates(Device()) else 0.06
     assert error < 1e-5 if precision == "fp32" else 1e-3 < error < most
 
 
