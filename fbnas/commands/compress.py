@@ -67,7 +67,7 @@ SEVEN_BITS = (
 def main(config: dict[str, Any]) -> int:
     names = method_names(config["method"])
     check_compression(config)
-    device_of(config)  # refuses a wrong one before anything is spent
+    device = device_of(config)  # refuses a wrong one before anything is spent
     if names == [INT8]:
         return _quantize(config)
     folder = network_folder(config["model"])
@@ -76,7 +76,6 @@ def main(config: dict[str, Any]) -> int:
     data = data_of(config, card)
     before = judge_network(network, data, data.test)
     out = OutFolder(config)
-    device = device_of(config)
     methods = [build_method(name, config, device) for name in names if name != INT8]
     measure = measuring(config, card, out.folder) if config["measure"] else None
     report = compress_and_save(

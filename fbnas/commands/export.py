@@ -211,6 +211,7 @@ def known_layers(
     known = KnownLayers.read(source / RECORD, *of_training, models / RECORD)
     if known is None:
         return None
+    # A calibrated file names the layers of its float file, one with trained grids its own.
     formats = [
         each.name
         for each, precision in wanted

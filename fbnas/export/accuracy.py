@@ -162,10 +162,10 @@ def _is_cut_off_here_alone(path: Path, device: AnyDevice) -> bool:
 
     They are then imitated in float here, or an error that is not the device's would be judged.
     """
-    if path.suffix != ".onnx" or not saturates(Device()):
-        return False
     elsewhere = not isinstance(device, Device) or bool(device.host)
-    return elsewhere and not saturates(device)
+    if path.suffix != ".onnx" or not elsewhere:  # nothing is tried for what runs here
+        return False
+    return saturates(Device()) and not saturates(device)
 
 
 def _is_plain(device: AnyDevice) -> bool:

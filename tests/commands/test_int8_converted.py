@@ -78,16 +78,22 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "embed", lambda *_: None)
 
 
+def run_arguments(folder: Path) -> list[str]:
+    """Of a small run on PyTorch, whose int8 files are converted; but for its methods and `out`."""
+    table = write_table(folder / "table.csv", **Device(runtime="pytorch").fingerprint())
+    given = [f"space={write_space(folder)}", "data=digits", "data.limit=320", f"table={table}"]
+    quick = ["target_ms=9", "search.epochs=2", "training.epochs=1", "networks=0", "candidates=1"]
+    int8 = "compression.quantization.calibration_images=8"
+    return ["run", *given, *quick, int8, "device.runtime=pytorch"]
+
+
 def test_the_block_that_int8_makes_slower_is_left_in_float(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     faked(monkeypatch)
-    table = write_table(tmp_path / "table.csv", **Device(runtime="pytorch").fingerprint())
-    given = [f"space={write_space(tmp_path)}", "data=digits", "data.limit=320", f"table={table}"]
-    quick = ["target_ms=9", "search.epochs=2", "training.epochs=1", "networks=0", "candidates=1"]
-    int8 = ["compression.methods=[int8]", "compression.quantization.calibration_images=8"]
-    run, device = tmp_path / "r", "device.runtime=pytorch"
-    assert main(["run", *given, *quick, *int8, device, f"out={run}"]) in (0, 3)
+    run = tmp_path / "r"
+    begun = [*run_arguments(tmp_path), "compression.methods=[int8]", f"out={run}"]
+    assert main(begun) in (0, 3)
     found = json.loads((run / "models" / "int8.layers.json").read_text())
     assert found["float_for_speed"] == ["head.0"]
     assert found["fastest"] == "mixed"
@@ -105,7 +111,7 @@ def test_the_block_that_int8_makes_slower_is_left_in_float(
     kept.unlink()  # as an export that is interrupted leaves it
     (run / "result.json").unlink()
     monkeypatch.setattr(converted, "convert", None)  # it is all known
-    assert main(["run", *given, *quick, *int8, device, f"out={run}", "resume=true"]) in (0, 3)
+    assert main([*begun, "resume=true"]) in (0, 3)
     assert content(kept)["left"] == expected
 
     capsys.readouterr()
@@ -122,13 +128,10 @@ def test_export_knows_the_blocks_of_a_network_that_was_trained_for_int8_too(
 ) -> None:
     """Its file is fp32 but in ONNX, and int8 by the runtime's own converter after it."""
     faked(monkeypatch)
-    table = write_table(tmp_path / "table.csv", **Device(runtime="pytorch").fingerprint())
-    given = [f"space={write_space(tmp_path)}", "data=digits", "data.limit=320", f"table={table}"]
-    quick = ["target_ms=9", "search.epochs=2", "training.epochs=1", "networks=0", "candidates=1"]
-    int8 = ["compression.methods=[qat,int8]", "compression.quantization.calibration_images=8"]
-    int8 += ["compression.fine_tuning.epochs=1", "max_accuracy_drop=1"]
-    run, device = tmp_path / "r", "device.runtime=pytorch"
-    assert main(["run", *given, *quick, *int8, device, f"out={run}"]) in (0, 3)
+    run = tmp_path / "r"
+    methods = ["compression.methods=[qat,int8]", "compression.fine_tuning.epochs=1"]
+    methods += ["max_accuracy_drop=1"]
+    assert main([*run_arguments(tmp_path), *methods, f"out={run}"]) in (0, 3)
     stages = json.loads((run / "result.json").read_text())["stages"]
     found = [(stage["name"], stage["precision"], stage["network"]) for stage in stages]
     assert found == [("fp32", "fp32", "train"), ("qat", "fp32", "qat"), ("int8", "int8", "qat")]
