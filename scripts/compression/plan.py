@@ -111,7 +111,8 @@ def _few_values() -> list[Trial]:
         *_one("low_rank", "low_rank", (1.25, 1.5, 2.0), "speedup"),
         *_one("ternary", "ternary", (0.03, 0.05, 0.1), "threshold"),
         *_one("fixed_point", "fixed_point", (8, 6, 4), "bits"),
-        *_one("qat", "qat", (8, 6, 4), "weight_bits", *QAT_RATE),
+        Trial(("qat",), "as many bits as int8", QAT_RATE),  # 8, or 7 where 8 are cut off
+        *_one("qat", "qat", (6, 4), "weight_bits", *QAT_RATE),
     ]
 
 
