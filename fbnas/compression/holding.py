@@ -12,25 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+GRADIENTS = {  # of a shared value: the square root of what its sum is multiplied by
+    "mean": lambda counts: counts.clamp(min=1).rsqrt(),
+    "scaled_sum": lambda counts: ((counts > 0).sum() / counts.sum()).sqrt().expand(len(counts)),
+    "sum": torch.ones_like,
+}
 MOST_SHARED = 256  # different values of a tensor of shared weights, beside 0: an index is one byte
 
 
 @contextmanager
-def held(model: nn.Module, *, sum_gradients: bool = False) -> Iterator[None]:
+def held(model: nn.Module, *, gradient: str = "scaled_sum") -> Iterator[None]:
     """Keep zeros zero and shared weights shared while the block trains the network in place.
 
     Args:
-        sum_gradients: a step of gradient descent moves a shared value by the sum of its weights'
-            gradients, as in the paper, instead of by their mean. The mean is the step of a network
-            whose weights are not shared, projected onto shared weights: it is stable at every rate
-            at which that is.
+        gradient: by what a step of gradient descent moves a shared value, one of GRADIENTS. The
+            sum of its weights' gradients, as in the paper; that sum over as many as weights of the
+            layer share a value on average; or their mean, which is the step of a network whose
+            weights are not shared, projected onto shared weights: it is stable at every rate at
+            which that is.
     """
     holding = []
     for module in weighted(model):
         found = shared(module.weight)
         if found is not None:
             parametrize.register_parametrization(
-                module, "weight", _Shared(*found, mean=not sum_gradients), unsafe=True
+                module, "weight", _Shared(*found, gradient=gradient), unsafe=True
             )
         elif bool((module.weight == 0).any()):
             zero = _Masked((module.weight != 0).to(module.weight.dtype))
@@ -84,10 +90,10 @@ class _Shared(nn.Module):
     indices: Tensor
     scale: Tensor
 
-    def __init__(self, values: Tensor, indices: Tensor, *, mean: bool) -> None:
+    def __init__(self, values: Tensor, indices: Tensor, *, gradient: str) -> None:
         super().__init__()
         counts = indices.flatten().bincount(minlength=len(values)).to(values.dtype)
-        scale = counts.rsqrt() if mean else torch.ones_like(values)
+        scale = GRADIENTS[gradient](counts * (values != 0))
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("scale", scale * (values != 0), persistent=False)
 
