@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fbnas.commands.compress import SEVEN_BITS, form_of, warn_of_bits
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.heads import data_of_heads, joined
+from fbnas.commands.heads import data_of_network, joined
 from fbnas.commands.int8 import RECORD, KnownLayers, record_of
-from fbnas.commands.parts import data_of, network_folder, with_heads
+from fbnas.commands.parts import network_folder
 from fbnas.compression import FORM_FILE, calibration_images, load_any
 from fbnas.errors import InputError
 from fbnas.export import (
@@ -136,7 +136,7 @@ def main(config: dict[str, Any]) -> int:
         wanted,
         network,
         card,
-        data,
+        data if config["judge"] else None,
         images=None if data is None else parity_images(data, card, config["seed"]),
         calibration=[] if data is None else calibration_images(data, seed=config["seed"]),
         known=known_layers(config, source, wanted),
@@ -147,7 +147,7 @@ def main(config: dict[str, Any]) -> int:
     if config["measure"]:
         with tempfile.TemporaryDirectory(dir=out.folder) as place:
             found = timed([job.with_separate(each, Path(place)) for each in found], config)
-    accuracy = None if data is None else judge_network(network, data, data.test)
+    accuracy = None if job.data is None else judge_network(network, job.data, job.data.test)
     print_files(found, accuracy)
     out.finish(
         **_result(config, network, card, found), accuracy_top1_network=accuracy and accuracy.all
@@ -257,26 +257,27 @@ def _data(
 ) -> tuple[dict[str, Any], Data | None]:
     """Return the data that the network was trained on, and before it the configuration with it.
 
-    None where none is given, nor known as that of heads is.
+    None where it is neither given nor recorded, or not there any more, which is told; or where
+    `judge` is off and no file needs images.
 
     Raises:
         InputError: that of other classes, or none where nothing but int8 is asked for, and none of
             it has the grids that the network was trained on.
     """
     trained = source is not None and (source / FORM_FILE).is_file()
-    needed = all(
+    ranged = [
         precision == "int8" and not (trained and each.suffix in THROUGH_ONNX)
         for each, precision in wanted
-    )
-    if card.heads:
-        return data_of_heads(config, card, source, needed=needed)
-    assert source is not None
-    config = with_heads(config, card.heads, source)
-    if config.get("data"):
-        return config, data_of(config, card)
-    if needed:
-        raise InputError(f"precision=int8 {INT8_NEEDS}")
-    return config, None
+    ]
+    given = config.get("data") or config["heads"]
+    if not (given or config["judge"] or any(ranged)):
+        return config, None
+    try:
+        return data_of_network(config, card, source, needed=all(ranged))
+    except InputError as error:
+        if given or card.heads:
+            raise
+        raise InputError(f"precision=int8 {INT8_NEEDS}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,8 @@ class Job:
     """What the files of one command are made of and checked by.
 
     source: folder of the network, None of one that was joined from several; folder: of the files.
-    images: (n, c, h, w) float, normalised, of the validation images; None where no data is given.
+    data: by whose test images files are judged, None for by none.
+    images: (n, c, h, w) float, normalised, of the validation images; None where no data is there.
     calibration: arrays (n, c, h, w) float32, from which int8 takes its ranges; of training images.
     known: which layers int8 files of a format leave in float.
     """

@@ -61,12 +61,13 @@ def joined(folders: Mapping[str, Any]) -> tuple[Network, NetworkCard]:
     return network, replace(next(iter(cards.values())), class_names=names, heads=heads)
 
 
-def data_of_heads(
+def data_of_network(
     config: dict[str, Any], card: NetworkCard, source: Path | None, *, needed: bool
 ) -> tuple[dict[str, Any], Data | None]:
-    """Return the data of all heads, and before it the configuration, with theirs where it is to be.
+    """Return a network's data, and before it the configuration, with that of each head if it has.
 
-    It is that of `heads=` or of the training; where the latter is not there any more, that is told.
+    It is that of `data=` or `heads=`, or of the training; where the latter is not there any more,
+    that is told.
 
     Args:
         source: folder of the network; None of one joined from the folders of `heads=`.
@@ -79,6 +80,8 @@ def data_of_heads(
     try:
         if source is not None:
             config = with_heads(config, card.heads, source)
+            if not (card.heads or config.get("data")):
+                config = {**config, "data": recorded_data(source)}
             return config, data_of(config, card)
         of_folders = {name: recorded_data(folder) for name, folder in config["heads"].items()}
         return config, data_of({"heads": of_folders}, card)

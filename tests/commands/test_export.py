@@ -20,6 +20,7 @@ from tiny_run import write_space
 from fbnas.commands import export, main
 from fbnas.compression import calibration_images
 from fbnas.export import FORMATS, read_metadata
+from fbnas.files import read_yaml, write_yaml
 from fbnas.export import onnx as writer
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.runtimes import runtime
@@ -48,6 +49,15 @@ def rounded(trained: Path) -> Path:
     return out
 
 
+def without_data(network: Path) -> Path:
+    """A copy of a network's folder that does not say what it was trained on."""
+    copied = network.parent / f"{network.name}_alone"
+    if not copied.is_dir():
+        shutil.copytree(network, copied)
+        (copied / "config.yaml").unlink()
+    return copied
+
+
 @pytest.fixture(scope="module")
 def digits() -> Data:
     return load_data(source="digits", resolution=8)
@@ -71,7 +81,7 @@ def test_several_files_are_judged_timed_and_told_of(
     trained: Path, tmp_path: Path, digits: Data, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    several = ["format=onnx", "precision=[fp32,fp16,int8]", "data=digits", "rounds=4"]
+    several = ["format=onnx", "precision=[fp32,fp16,int8]", "rounds=4"]
     assert main(["export", f"model={trained}", *several, f"out={out}"]) == 0
     shown = capsys.readouterr().out
     result = read(out / "result.json")
@@ -96,6 +106,38 @@ def test_several_files_are_judged_timed_and_told_of(
     assert "of 256 validation images" in shown
     assert f"the network itself (torch): accuracy {accuracy:.4f}" in shown
     assert "model" not in result
+    assert read_yaml(out / "config.yaml")["data"]["source"] == "digits"  # what it was trained on
+
+
+def test_files_are_not_judged_where_that_is_not_wanted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_judging = ["export", f"model={trained}", "judge=false", "measure=false"]
+    assert main([*without_judging, f"out={tmp_path / 'one'}"]) == 0
+    assert "images, which are noise" in capsys.readouterr().out
+    assert main([*without_judging, "precision=int8", f"out={tmp_path / 'int8'}"]) == 0
+    assert "of 256 validation images" in capsys.readouterr().out
+    for name in ("one", "int8"):
+        assert "accuracy_top1" not in read(tmp_path / name / "result.json")["files"][0]
+
+
+def test_data_that_is_not_there_any_more_is_told_of(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    moved = tmp_path / "network"
+    shutil.copytree(trained, moved)
+    config = read_yaml(moved / "config.yaml")
+    config["data"] |= {"source": "image_folder", "path": str(tmp_path / "gone")}
+    write_yaml(moved / "config.yaml", config)
+    assert main(["export", f"model={moved}", "measure=false", f"out={tmp_path / 'out'}"]) == 0
+    assert "So no file is judged by images." in caplog.text
+    assert "images, which are noise" in capsys.readouterr().out
+    only = ["precision=int8", f"out={tmp_path / 'int8'}"]
+    assert main(["export", f"model={moved}", *only]) == 2
+    assert str(tmp_path / "gone") in capsys.readouterr().err
 
 
 def test_all_makes_what_can_be_made_and_says_what_it_left_out(
@@ -106,8 +148,8 @@ def test_all_makes_what_can_be_made_and_says_what_it_left_out(
 ) -> None:
     without(monkeypatch, "litert", "executorch")
     out = tmp_path / "out"
-    quick = ["precision=[fp32,int8]", "measure=false"]
-    assert main(["export", f"model={trained}", "format=all", *quick, f"out={out}"]) == 0
+    quick = ["format=all", "precision=[fp32,int8]", "measure=false"]
+    assert main(["export", f"model={without_data(trained)}", *quick, f"out={out}"]) == 0
     shown = capsys.readouterr().out
     files = read(out / "result.json")["files"]
     assert [file["format"] for file in files] == [name for name in FORMATS for _ in range(2)]
@@ -177,7 +219,7 @@ def test_int8_of_a_network_that_was_trained_for_it_is_made_where_its_grids_fit(
 ) -> None:
     out = tmp_path / "out"
     more = ["format=all", "precision=int8", "measure=false", f"out={out}"]
-    assert main(["export", f"model={rounded}", *more]) == 0
+    assert main(["export", f"model={without_data(rounded)}", *more]) == 0
     shown = capsys.readouterr().out.splitlines()
     files = {file["format"]: file for file in read(out / "result.json")["files"]}
     assert files["onnx"]["bytes"] == (out / "model.onnx").stat().st_size
@@ -267,7 +309,7 @@ def test_a_file_that_disagrees_with_what_was_trained_is_deleted(
     monkeypatch.setattr(writer, "trace_onnx", of_another)
     out = tmp_path / "out"
     more = [f"format={name}", "precision=int8", "measure=false", f"out={out}"]
-    assert main(["export", f"model={rounded}", *more]) == 1
+    assert main(["export", f"model={without_data(rounded)}", *more]) == 1
     shown = capsys.readouterr().out
     suffix = FORMATS[name].suffix
     assert f"model{suffix} was not kept: it gives torch's class for" in shown
@@ -292,7 +334,7 @@ def test_int8_without_a_place_for_trained_grids_asks_for_images(
 ) -> None:
     out = tmp_path / "out"
     only = ["format=pt2", "precision=int8", "measure=false", f"out={out}"]
-    assert main(["export", f"model={rounded}", *only]) == 2
+    assert main(["export", f"model={without_data(rounded)}", *only]) == 2
     assert "expected data=... as the network was trained on" in capsys.readouterr().err
     assert not out.exists()
 
@@ -378,6 +420,7 @@ def test_wrong_options_are_refused_before_anything_is_written(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["export", f"model={trained}", *options, f"out={tmp_path / 'out'}"]) == 2
+    model = f"model={without_data(trained)}"
+    assert main(["export", model, *options, f"out={tmp_path / 'out'}"]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
