@@ -20,8 +20,8 @@ from tiny_run import write_space
 from fbnas.commands import export, main
 from fbnas.compression import calibration_images
 from fbnas.export import FORMATS, read_metadata
-from fbnas.files import read_yaml, write_yaml
 from fbnas.export import onnx as writer
+from fbnas.files import read_yaml, write_yaml
 from fbnas.latency.fake_quantization import QuantizedForm, as_deployed
 from fbnas.latency.runtimes import runtime
 from fbnas.space import load_network
