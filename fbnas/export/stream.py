@@ -1,4 +1,7 @@
-"""Classifying a video: similar frames share what was computed for the first of them."""
+"""Classifying a video: similar frames share what was computed for the ones before.
+
+Scores, where nothing changed; where something did, the features of the rest of the image.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ import numpy as np
 
 from fbnas.errors import InputError
 from fbnas.export.metadata import read_metadata
+from fbnas.export.regions import Box, Regions
 from fbnas.latency.session import open_session, scores
 from fbnas.space.heads import Heads, rows_of
 
@@ -23,15 +27,21 @@ class Answer:
 
     `scores`: of several heads side by side, in their order.
     `change`: in levels of a pixel, 0 to 255; infinite for the first frame.
+    `work`: the fraction of the network's multiply-adds that it took, 0 to 1.
     """
 
     scores: np.ndarray
     change: float
-    computed: bool
+    work: float
+
+    @property
+    def computed(self) -> bool:
+        """Whether the scores are new."""
+        return self.work > 0
 
 
 class Stream:
-    """Classifies frame after frame, and reuses the scores of a frame that is similar enough.
+    """Classifies frame after frame, and reuses what was computed for those that are similar.
 
         stream = Stream.load("model.onnx", threshold=6)
         for frame in video:               # (h, w, c) uint8, of the network's resolution
@@ -42,8 +52,13 @@ class Stream:
     that slow motion adds up: the mean absolute difference in the cell of an 8x8 grid where it is
     largest, so that a small thing that moves counts as much as a large one.
 
+    A frame that changed is computed whole; or by `Regions`, which pay where the camera stands
+    still, the features of its first layers around the cells that changed, and all that follows:
+    the other cells are those of the key frame still.
+
     Args:
-        run: computes scores, (1, c, h, w) float32 normalised to (1, classes).
+        run: computes scores, (1, c, h, w) float32 normalised to (1, classes); or the `Regions` of a
+            file.
         mean: per channel, for frames scaled to [0, 1].
         std: likewise.
         threshold: levels of change, 0 to 255, up to which the scores are reused; 0 only reuses
@@ -56,7 +71,7 @@ class Stream:
 
     def __init__(
         self,
-        run: Run,
+        run: Run | Regions,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -71,15 +86,27 @@ class Stream:
         self.threshold = threshold
         self.rows = list(rows_of(heads or {}).values()) or [slice(None)]
         self.frames = self.computed = 0
+        self.work = 0.0
         self.key: np.ndarray | None = None
         self.scores: np.ndarray | None = None
 
     @classmethod
-    def load(cls, path: Path | str, *, threshold: float, threads: int | None = 1) -> "Stream":
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        threshold: float,
+        regions: float | None = None,
+        threads: int | None = 1,
+    ) -> "Stream":
         """Read an ONNX file of `fbnas export`, which states its own preprocessing and heads.
 
+        Args:
+            regions: the fraction of its multiply-adds, between 0 and 1, that are computed around
+                changes alone (`at` of `Regions`); None for frames that are computed whole.
+
         Raises:
-            InputError: no such file, or one that states none.
+            InputError: no such file, one that states none, or one that cannot be cut there.
         """
         metadata = read_metadata(path)
         stated = metadata.get("preprocessing")
@@ -87,12 +114,11 @@ class Stream:
             raise InputError(
                 f"{path} states no preprocessing; expected an ONNX file of fbnas export."
             )
-        session = open_session(path, threads=threads)
-        name = session.get_inputs()[0].name
-
-        def run(images: np.ndarray) -> np.ndarray:
-            return scores(session, {name: images})
-
+        run = (
+            _of_file(path, threads)
+            if regions is None
+            else Regions(path, at=regions, threads=threads)
+        )
         heads = metadata.get("heads")
         return cls(run, mean=stated["mean"], std=stated["std"], threshold=threshold, heads=heads)
 
@@ -108,14 +134,27 @@ class Stream:
                 f"{len(self.mean)}) uint8."
             )
         self.frames += 1
-        change = np.inf if self.key is None else change_of(frame, self.key)
-        if self.scores is not None and change <= self.threshold:
-            return Answer(self.scores, change, computed=False)
-        scaled = frame.transpose(2, 0, 1).astype(np.float32) / np.float32(LEVELS)
-        self.scores = self.run(((scaled - self.mean) / self.std)[None])[0]
-        self.key = frame.copy()
+        change, changed, work = np.inf, None, 1.0
+        if self.key is not None and self.scores is not None:
+            cells, edges = changes_of(frame, self.key)
+            change = float(cells.max())
+            if change <= self.threshold:
+                return Answer(self.scores, change, work=0.0)
+            changed = _around(cells > self.threshold, edges)
+        if isinstance(self.run, Regions):
+            self.key = _replaced(self.key, frame, changed)
+            found, work = self.run(self.key, changed, self._prepared)
+        else:
+            self.key, found = frame.copy(), self.run(self._prepared(frame))
+        self.scores = found[0]
         self.computed += 1
-        return Answer(self.scores, change, computed=True)
+        self.work += work
+        return Answer(self.scores, change, work)
+
+    def _prepared(self, frame: np.ndarray) -> np.ndarray:
+        """Return a frame, or a part of one, as the network takes it: (1, c, h, w) float32."""
+        scaled = frame.transpose(2, 0, 1).astype(np.float32) / np.float32(LEVELS)
+        return ((scaled - self.mean) / self.std)[None]
 
     def classes(self, answer: Answer) -> tuple[int, ...]:
         """Return the class of each head, counted from that head's first; of one head one class."""
@@ -123,19 +162,20 @@ class Stream:
 
     @property
     def saving(self) -> float:
-        """The fraction of frames whose scores were reused, 0 to 1."""
-        return 1 - self.computed / self.frames if self.frames else 0.0
+        """The fraction of all frames' multiply-adds that was not computed, 0 to 1."""
+        return 1 - self.work / self.frames if self.frames else 0.0
 
 
-def change_of(frame: np.ndarray, key: np.ndarray) -> float:
-    """Return how much a frame differs: the mean absolute difference of its most changed cell.
+def changes_of(frame: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return how much each cell of a frame differs: its mean absolute difference.
 
     Args:
         frame: (h, w, c) uint8.
         key: likewise, of the same shape.
 
     Returns:
-        Levels of a pixel, 0 to 255.
+        (rows, columns) in levels of a pixel, 0 to 255; where rows of cells begin and the last ends,
+        and columns likewise, in pixels.
 
     Raises:
         InputError: frames of two shapes.
@@ -146,12 +186,40 @@ def change_of(frame: np.ndarray, key: np.ndarray) -> float:
             "start another Stream for another video."
         )
     difference = np.abs(frame.astype(np.int16) - key).mean(2)
+    edges = [np.linspace(0, side, min(CELLS, side) + 1).astype(int) for side in difference.shape]
     for axis in (0, 1):
-        side = difference.shape[axis]
-        edges = np.linspace(0, side, min(CELLS, side) + 1).astype(int)
-        widths = np.diff(edges).reshape((-1, 1) if axis == 0 else (1, -1))
-        difference = np.add.reduceat(difference, edges[:-1], axis=axis) / widths
-    return float(difference.max())
+        widths = np.diff(edges[axis]).reshape((-1, 1) if axis == 0 else (1, -1))
+        difference = np.add.reduceat(difference, edges[axis][:-1], axis=axis) / widths
+    return difference, edges
+
+
+def _of_file(path: Path | str, threads: int | None) -> Run:
+    session = open_session(path, threads=threads)
+    name = session.get_inputs()[0].name
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return scores(session, {name: images})
+
+    return run
+
+
+def _replaced(key: np.ndarray | None, frame: np.ndarray, changed: Box | None) -> np.ndarray:
+    """Return the key frame with what changed of it; a copy of the frame where all did."""
+    if key is None or changed is None:
+        return frame.copy()
+    key[changed.slices] = frame[changed.slices]
+    return key
+
+
+def _around(changed: np.ndarray, edges: Sequence[np.ndarray]) -> Box:
+    """Return the pixels around all cells that changed, at least one."""
+    found = [np.flatnonzero(changed.any(1 - axis)) for axis in (0, 1)]
+    sides = [
+        int(edge[place])
+        for edge, x in zip(edges, found, strict=True)
+        for place in (x[0], x[-1] + 1)
+    ]
+    return Box(*sides)
 
 
 def choose_threshold(
