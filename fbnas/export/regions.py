@@ -128,7 +128,7 @@ class Regions:
             self.features[(..., *kept.slices)] = found[(..., *inner.slices)]
             part = seen.area / (rows * columns)
         answer = scores(self.second, {self.inputs[1]: self.features})
-        return answer, self.share * part + 1 - self.share
+        return answer, 1 - self.share * (1 - part)
 
     def _first(self, images: np.ndarray) -> np.ndarray:
         found: np.ndarray = self.first.run(None, {self.inputs[0]: images})[0]

@@ -126,8 +126,8 @@ def main() -> None:
         f"{len(frames):,} frames of {len(chosen)} images, seed 0; threshold {THRESHOLD:g} levels.",
         "",
         circumstances(Device()),
-        "| reused | stride, radius of the features | multiply-adds | accuracy | as by computing all "
-        "| ms per frame (range) |",
+        "| reused | stride, radius of the features | multiply-adds | accuracy | "
+        "as by computing all | ms per frame (range) |",
         "|---|---|---|---|---|---|",
     ]
     for r in rows.itertuples():

@@ -9,7 +9,7 @@ from torch import nn
 
 from fbnas.errors import InputError
 from fbnas.export import export_onnx
-from fbnas.export.stream import Stream, change_of, choose_threshold
+from fbnas.export.stream import Stream, changes_of, choose_threshold
 from fbnas.space import Architecture, NetworkCard, SearchSpace, Stage, Stem, build_network
 from fbnas.training import batches, load_data
 
@@ -23,6 +23,10 @@ def brightness(threshold: float) -> Stream:
         return np.array([[images.mean(), -images.mean()]])
 
     return Stream(run, mean=[0.5], std=[0.5], threshold=threshold)
+
+
+def change_of(frame: np.ndarray, key: np.ndarray) -> float:
+    return float(changes_of(frame, key)[0].max())
 
 
 def grey(level: int, size: int = 16) -> np.ndarray:

@@ -1,0 +1,166 @@
+"""Features that are computed around what changed are those of the whole image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from fbnas.errors import InputError
+from fbnas.export import export_onnx
+from fbnas.export.regions import Box, Reach, Regions
+from fbnas.export.stream import Stream
+from fbnas.latency.lowering import quantize_onnx, write_onnx
+from fbnas.latency.session import open_session
+from fbnas.space import Architecture, NetworkCard, SearchSpace, Stage, Stem, build_network
+
+SIDE = 64
+
+
+def network(blocks: Sequence[str]) -> tuple[nn.Module, NetworkCard]:
+    """Four layers with two strides before them, initialised."""
+    stages = (Stage(8, 1, 1), Stage(16, 2, 2), Stage(16, 1, 2))
+    space = SearchSpace("regions", SIDE, Stem(8, 2), stages, 32, blocks=tuple(sorted(set(blocks))))
+    architecture = Architecture(tuple(blocks), space.name)
+    torch.manual_seed(0)
+    built = build_network(space, architecture, classes=5)
+    for module in built.modules():  # residual blocks begin as the identity
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return built.eval(), NetworkCard(space, architecture, tuple("abcde"), (0.5,) * 3, (0.3,) * 3)
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("regions")
+    built, card = network(("k3_e3", "k5_e3", "k3_e3", "k5_e1"))
+    export_onnx(built, folder / "fp32.onnx", card=card)
+    if request.param == "fp32":
+        return folder / "fp32.onnx"
+    shown = [np.random.default_rng(0).standard_normal((8, 3, SIDE, SIDE)).astype(np.float32)]
+    quantize_onnx(folder / "fp32.onnx", folder / "int8.onnx", shown)
+    return folder / "int8.onnx"
+
+
+def prepared(frame: np.ndarray) -> np.ndarray:
+    return ((frame.transpose(2, 0, 1)[None] / np.float32(255)) - np.float32(0.5)) / np.float32(0.3)
+
+
+def noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("at", [0.1, 0.4, 0.8])
+def test_regions_give_the_scores_of_the_whole_frame(file: Path, at: float) -> None:
+    rng = np.random.default_rng(1)
+    regions, session = Regions(file, at=at), open_session(file, threads=1)
+    frame = noise(rng, SIDE, SIDE, 3)
+    assert regions(frame, None, prepared)[1] == 1
+    works = []
+    for _ in range(40):
+        top, left = (int(x) for x in rng.integers(0, SIDE - 1, 2))
+        box = Box(top, min(SIDE, top + 6), left, min(SIDE, left + 9))
+        frame[box.slices] = noise(rng, *frame[box.slices].shape)
+        found, work = regions(frame, box, prepared)
+        expected = session.run(None, {"images": prepared(frame)})[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        works.append(work)
+    assert 1 - regions.share <= min(works) < 1
+    if at < 0.5:  # of features that see little
+        assert np.mean(works) < 1 - 0.4 * regions.share
+
+
+def test_the_first_part_has_about_the_share_that_is_asked_for(file: Path) -> None:
+    shares = [Regions(file, at=at).share for at in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    assert shares == sorted(shares)
+    np.testing.assert_allclose(shares, (0.1, 0.3, 0.5, 0.7, 0.9), atol=0.15)
+
+
+def test_the_reach_is_what_a_pixel_changes(tmp_path: Path) -> None:
+    """Of the features' first part, by what changes in them, pixel after pixel."""
+    layers = [
+        nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 5, 1, 2), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    write_onnx(nn.Sequential(*layers), (3, 32, 32), tmp_path / "n.onnx")
+    regions = Regions(tmp_path / "n.onnx", at=0.99)
+    assert regions.reach == Reach(4, 1 + 2 * 2 + 2)
+    rng = np.random.default_rng(0)
+    frame = noise(rng, 32, 32, 3)
+    before = regions._first(prepared(frame))
+    for row, column in rng.integers(0, 32, (30, 2)):
+        changed = frame.copy()
+        changed[row, column] ^= 255
+        differs = (regions._first(prepared(changed)) != before).any((0, 1))
+        top, bottom, begin, end = regions.reach.window(int(row), int(row) + 1, 32)
+        rows = np.flatnonzero(differs.any(1))
+        assert top <= rows.min()
+        assert rows.max() < bottom
+        assert begin % 4 == 0
+        assert begin <= row < end
+        assert bottom - top <= 5
+
+
+def test_a_stream_of_regions_computes_what_moved(file: Path) -> None:
+    rng = np.random.default_rng(2)
+    still = noise(rng, SIDE, SIDE, 3)
+    whole, parts = (Stream.load(file, threshold=0, regions=at) for at in (None, 0.3))
+    for step in range(20):
+        frame = still.copy()
+        frame[8:16, 2 * step : 2 * step + 8] = 128
+        answers = whole(frame), parts(frame)
+        np.testing.assert_allclose(answers[0].scores, answers[1].scores, rtol=1e-4, atol=1e-5)
+        assert (answers[0].work, answers[1].work < 1) == (1, step > 0)
+    assert parts(frame).work == 0
+    assert whole.saving == 0
+    assert isinstance(parts.run, Regions)
+    assert 0.05 < parts.saving < parts.run.share
+
+
+def test_cells_that_did_not_change_enough_stay_those_of_the_key_frame(file: Path) -> None:
+    stream = Stream.load(file, threshold=5, regions=0.3)
+    first = np.full((SIDE, SIDE, 3), 100, dtype=np.uint8)
+    stream(first)
+    second = first + np.uint8(4)
+    second[:8, :8] = 200
+    stream(second)
+    expected = first.copy()
+    expected[:8, :8] = 200
+    assert stream.key is not None
+    assert np.array_equal(stream.key, expected)
+    third = first + np.uint8(6)  # slow changes add up
+    third[:8, :8] = 200
+    assert stream(third).work == 1
+
+
+@pytest.mark.parametrize("block", ["k3_e3", "k3_e1_g2"])
+def test_a_shuffle_ends_what_can_be_computed_by_regions(block: str, tmp_path: Path) -> None:
+    built, card = network(("k3_e3", block, "k3_e3", "k3_e3"))
+    export_onnx(built, tmp_path / "n.onnx", card=card)
+    share = Regions(tmp_path / "n.onnx", at=0.99).share
+    assert (share > 0.9) == (block == "k3_e3")
+    rng = np.random.default_rng(0)
+    regions = Regions(tmp_path / "n.onnx", at=0.5)
+    frame = noise(rng, SIDE, SIDE, 3)
+    regions(frame, None, prepared)
+    frame[:4, :4] = 0
+    found, _ = regions(frame, Box(0, 4, 0, 4), prepared)
+    session = open_session(tmp_path / "n.onnx", threads=1)
+    expected = session.run(None, {"images": prepared(frame)})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path: Path, file: Path) -> None:
+    for at in (0, 1, 2):
+        with pytest.raises(InputError, match="between 0 and 1"):
+            Regions(file, at=at)
+    with pytest.raises(InputError, match="no such model file"):
+        Regions(tmp_path / "none.onnx")
+    write_onnx(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), (3, 4, 4), tmp_path / "flat.onnx")
+    with pytest.raises(InputError, match="no place to cut"):
+        Regions(tmp_path / "flat.onnx")
+    assert onnx.load(file).graph.input[0].type.tensor_type.shape.dim[2].dim_value == SIDE
