@@ -1,5 +1,6 @@
 """fbnas export: a network as files that devices run, each checked, judged and timed."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fbnas.commands.compress import SEVEN_BITS, form_of, warn_of_bits
 from fbnas.commands.folder import OutFolder
-from fbnas.commands.heads import data_of_network, joined
+from fbnas.commands.heads import data_of_network, joined, with_data
 from fbnas.commands.int8 import RECORD, KnownLayers, record_of
 from fbnas.commands.parts import network_folder
 from fbnas.compression import FORM_FILE, calibration_images, load_any
@@ -258,7 +259,7 @@ def _data(
     """Return the data that the network was trained on, and before it the configuration with it.
 
     None where it is neither given nor recorded, or not there any more, which is told; or where
-    `judge` is off and no file needs images.
+    `judge` is off, no file needs images and none are given.
 
     Raises:
         InputError: that of other classes, or none where nothing but int8 is asked for, and none of
@@ -269,8 +270,10 @@ def _data(
         precision == "int8" and not (trained and each.suffix in THROUGH_ONNX)
         for each, precision in wanted
     ]
-    given = config.get("data") or config["heads"]
+    given = config.get("data") or (config["heads"] and source is not None)
     if not (given or config["judge"] or any(ranged)):
+        with contextlib.suppress(InputError):
+            config = with_data(config, card, source)
         return config, None
     try:
         return data_of_network(config, card, source, needed=all(ranged))

@@ -61,13 +61,29 @@ def joined(folders: Mapping[str, Any]) -> tuple[Network, NetworkCard]:
     return network, replace(next(iter(cards.values())), class_names=names, heads=heads)
 
 
+def with_data(config: dict[str, Any], card: NetworkCard, source: Path | None) -> dict[str, Any]:
+    """Return the configuration with the data of a network, or of each of its heads.
+
+    It is that of `data=` or `heads=`, or what the network was trained on. Of networks joined from
+    the folders of `heads=` that stays as it is.
+
+    Raises:
+        InputError: none is given nor recorded, or that of other heads.
+    """
+    if source is None:
+        return config
+    config = with_heads(config, card.heads, source)
+    if card.heads or config.get("data"):
+        return config
+    return {**config, "data": recorded_data(source)}
+
+
 def data_of_network(
     config: dict[str, Any], card: NetworkCard, source: Path | None, *, needed: bool
 ) -> tuple[dict[str, Any], Data | None]:
-    """Return a network's data, and before it the configuration, with that of each head if it has.
+    """Return a network's data, and before it the configuration as `with_data` has it.
 
-    It is that of `data=` or `heads=`, or of the training; where the latter is not there any more,
-    that is told.
+    Where that of its training is not there any more, that is told, and the configuration stays.
 
     Args:
         source: folder of the network; None of one joined from the folders of `heads=`.
@@ -79,14 +95,12 @@ def data_of_network(
     given = source is not None and (config["heads"] or config.get("data"))
     try:
         if source is not None:
-            config = with_heads(config, card.heads, source)
-            if not (card.heads or config.get("data")):
-                config = {**config, "data": recorded_data(source)}
-            return config, data_of(config, card)
+            stated = with_data(config, card, source)
+            return stated, data_of(stated, card)
         of_folders = {name: recorded_data(folder) for name, folder in config["heads"].items()}
         return config, data_of({"heads": of_folders}, card)
     except InputError as error:
         if needed or given:
             raise
-        log.warning("%s So no file is judged by images.", error)
+        log.warning("%s So no images are used.", error)
         return config, None

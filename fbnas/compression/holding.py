@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 
 GRADIENTS = {  # of a shared value: the square root of what its sum is multiplied by
     "mean": lambda counts: counts.clamp(min=1).rsqrt(),
-    "scaled_sum": lambda counts: ((counts > 0).sum() / counts.sum()).sqrt().expand(len(counts)),
+    "scaled_sum": lambda counts: (
+        ((counts > 0).sum() / counts.sum().clamp(min=1)).sqrt().expand(len(counts))
+    ),
     "sum": torch.ones_like,
 }
 MOST_SHARED = 256  # different values of a tensor of shared weights, beside 0: an index is one byte

@@ -20,8 +20,9 @@ from fbnas.latency.session import open_session, scores
 if TYPE_CHECKING:
     import onnx
 
-POINTWISE = (*FUSED, "Add", "Mul", "HardSigmoid", "Sigmoid", "QuantizeLinear", "DequantizeLinear",
-             "Identity")  # fmt: skip
+BROADCAST = ("Add", "Sub", "Mul", "Div", "Min", "Max")
+POINTWISE = (*FUSED, *BROADCAST, "QuantizeLinear", "DequantizeLinear", "Round", "Sigmoid",
+             "HardSigmoid", "Identity")  # fmt: skip
 
 Prepare = Callable[[np.ndarray], np.ndarray]  # (h, w, c) uint8 to (1, c, h, w) float32
 
@@ -53,14 +54,13 @@ class Reach(NamedTuple):
         """Return which features of a side may see pixels start to stop, and from which pixels.
 
         Returns:
-            First and last + 1 of the features, then of the pixels, which begin at a multiple of
-            the stride.
+            First and last + 1 of the features, at least one, then of the pixels, which begin at a
+            multiple of the stride.
         """
-        first = max(0, (start - self.radius) // self.stride)
         last = min(-(-side // self.stride), (stop - 1 + self.radius) // self.stride + 1)
-        halo = -(-self.radius // self.stride)
-        begin = max(0, first - halo) * self.stride
-        return first, last, begin, min(side, (last + halo) * self.stride)
+        first = min(last - 1, max(0, -((self.radius - start) // self.stride)))
+        begin = max(0, first - -(-self.radius // self.stride)) * self.stride
+        return first, last, begin, min(side, (last - 1) * self.stride + self.radius + 1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Regions:
         at: the fraction of its multiply-adds that should be the first part's. More of it saves more
             where a change is small; but the later a feature, the more pixels it sees, and the more
             features a change reaches. It is cut at the nearest place where that can be done.
-        threads: of the runtime; all cores where not given.
+        threads: of the runtime; None for all cores.
 
     Raises:
         InputError: a fraction out of its range, no ONNX file, or one that cannot be cut.
@@ -157,7 +157,8 @@ def split(path: Path | str, folder: Path | str, *, at: float) -> Halves:
     cuts = [cut for cut in _cuts(model.graph, macs) if 0 < cut[0] < total]
     if not cuts:
         raise InputError(
-            f"{path} has no place to cut; expected a network that begins with convolutions."
+            f"{path} has no place to cut; expected a network that begins with convolutions, and "
+            "between them what looks at each feature alone."
         )
     done, tensor, reach = min(reversed(cuts), key=lambda cut: abs(cut[0] / total - at))
     images, outputs = ([value.name for value in x] for x in (model.graph.input, model.graph.output))
@@ -184,6 +185,7 @@ def _cuts(graph: "onnx.GraphProto", macs: dict[str, int]) -> Iterator[tuple[int,
     last = {name: place for place, node in enumerate(graph.node) for name in node.input}
     last |= {value.name: len(graph.node) for value in graph.output}
     readers = {name: node.op_type for node in graph.node for name in node.input}
+    uneven = _uneven(graph)
     reaches, done = {value.name: Reach(1, 0) for value in graph.input}, 0
     for place, node in enumerate(graph.node):
         done += macs.get(node.name, 0)
@@ -191,7 +193,8 @@ def _cuts(graph: "onnx.GraphProto", macs: dict[str, int]) -> Iterator[tuple[int,
         if not given:
             continue
         reach = _reach(node, given)
-        if reach is None:
+        placed = uneven.intersection(node.input).difference(reaches)
+        if reach is None or (node.op_type in BROADCAST and placed):
             return
         reaches |= dict.fromkeys(node.output, reach)
         alive = [name for name in reaches if last.get(name, -1) > place]
@@ -199,6 +202,16 @@ def _cuts(graph: "onnx.GraphProto", macs: dict[str, int]) -> Iterator[tuple[int,
             continue
         if readers.get(alive[0]) not in (*FUSED, "QuantizeLinear"):
             yield done, alive[0], reach
+
+
+def _uneven(graph: "onnx.GraphProto") -> set[str]:
+    """Return the tensors that may differ from place to place."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    shapes |= {
+        value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in graph.value_info
+    }
+    return {name for name, shape in shapes.items() if any(side != 1 for side in shape[-2:])}
 
 
 def _reach(node: "onnx.NodeProto", given: list[Reach]) -> Reach | None:
@@ -218,5 +231,7 @@ def _reach(node: "onnx.NodeProto", given: list[Reach]) -> Reach | None:
     pads, spread = stated.get("pads", [0] * 4), stated.get("dilations", [1, 1])
     if len(kernel) != 2 or steps[0] != steps[1] or stated.get("auto_pad", b"NOTSET") != b"NOTSET":
         return None
-    width = max((side - 1) * wide for side, wide in zip(kernel, spread, strict=True))
-    return Reach(stride * steps[0], radius + max(*pads, width - min(pads)) * stride)
+    widths = [(side - 1) * wide for side, wide in zip(kernel, spread, strict=True)]
+    if any(pads[axis] + pads[axis + 2] > widths[axis] for axis in (0, 1)):
+        return None  # more features than pixels
+    return Reach(stride * steps[0], radius + max(*pads, max(widths) - min(pads)) * stride)

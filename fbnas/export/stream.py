@@ -85,7 +85,7 @@ class Stream:
         self.std = np.asarray(std, dtype=np.float32).reshape(-1, 1, 1)
         self.threshold = threshold
         self.rows = list(rows_of(heads or {}).values()) or [slice(None)]
-        self.frames = self.computed = 0
+        self.frames = 0
         self.work = 0.0
         self.key: np.ndarray | None = None
         self.scores: np.ndarray | None = None
@@ -141,13 +141,13 @@ class Stream:
             if change <= self.threshold:
                 return Answer(self.scores, change, work=0.0)
             changed = _around(cells > self.threshold, edges)
+        self.scores = None  # where that is interrupted, the next frame is computed whole
         if isinstance(self.run, Regions):
             self.key = _replaced(self.key, frame, changed)
             found, work = self.run(self.key, changed, self._prepared)
         else:
             self.key, found = frame.copy(), self.run(self._prepared(frame))
         self.scores = found[0]
-        self.computed += 1
         self.work += work
         return Answer(self.scores, change, work)
 

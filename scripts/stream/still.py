@@ -24,7 +24,8 @@ from PIL import Image
 
 from fbnas.commands.parts import card_for
 from fbnas.export import export_onnx
-from fbnas.export.stream import Regions, Stream
+from fbnas.export.regions import Regions
+from fbnas.export.stream import Stream
 from fbnas.latency import Device
 from fbnas.space import Architecture, SearchSpace, build_network
 from fbnas.training import Data, TrainingSettings, load_data, train
@@ -71,8 +72,8 @@ def video(images: np.ndarray, frames: int, seed: int) -> list[np.ndarray]:
 
 def measured(path: Path, frames: list[np.ndarray], labels: np.ndarray, rounds: int) -> pd.DataFrame:
     seconds: list[list[float]] = [[] for _ in WAYS]
-    answers: list[np.ndarray] = [np.empty(0)] * len(WAYS)
-    streams = [Stream.load(path, threshold=t, regions=place) for t, place in WAYS]
+    answers: dict[int, np.ndarray] = {}
+    streams: dict[int, Stream] = {}
     for _ in range(rounds):
         for number, (threshold, place) in enumerate(WAYS):
             stream = streams[number] = Stream.load(path, threshold=threshold, regions=place)

@@ -133,7 +133,7 @@ def test_data_that_is_not_there_any_more_is_told_of(
     config["data"] |= {"source": "image_folder", "path": str(tmp_path / "gone")}
     write_yaml(moved / "config.yaml", config)
     assert main(["export", f"model={moved}", "measure=false", f"out={tmp_path / 'out'}"]) == 0
-    assert "So no file is judged by images." in caplog.text
+    assert "So no images are used." in caplog.text
     assert "images, which are noise" in capsys.readouterr().out
     only = ["precision=int8", f"out={tmp_path / 'int8'}"]
     assert main(["export", f"model={moved}", *only]) == 2

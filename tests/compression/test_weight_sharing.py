@@ -130,6 +130,17 @@ def test_values_learn_by_the_gradients_of_their_weights(gradient: str) -> None:
         assert torch.equal(again[0].weight, model[0].weight)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_layer_of_zeros_stays_one(gradient: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.zeros_(model[0].weight)
+    with held(model, gradient=gradient):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.tensor([0, 1] * 4)).backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight, torch.zeros(4, 4))
+
+
 def weights(network: nn.Module) -> list[Tensor]:
     return [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
