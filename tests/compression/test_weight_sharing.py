@@ -10,6 +10,7 @@ from digits_network import Trained, accuracy, fit
 from torch import Tensor, nn
 
 from fbnas.compression import WeightSharing, compress_, held, shared, sharing_rate
+from fbnas.compression.holding import GRADIENTS
 from fbnas.compression.weight_sharing import INITS, cluster, share_
 from fbnas.errors import InputError
 
