@@ -1,6 +1,6 @@
 """What do features save that are reused where a still camera sees nothing move?
 
-    python scripts/stream/still.py WORK IMAGENETTE_FOLDER [--out DIR] [--images 100] [--frames 20]
+    python scripts/stream/still.py WORK IMAGENETTE_FOLDER [--out DIR] [--images 60] [--frames 20]
 
 A video is made of test images of IMAGENETTE_FOLDER (train/CLASS/, val/CLASS/): each is seen for
 --frames frames, 224 x 224, by a camera that stands still and whose sensor is noisy (a standard
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("imagenette", type=Path)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--frames", type=int, default=20, help="that an image stays")
     parser.add_argument("--space", default=str(HERE.parent / "results" / "imagenette.yaml"))
     parser.add_argument("--epochs", type=int, default=12)
