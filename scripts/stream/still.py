@@ -12,9 +12,7 @@ Interleaved in rounds. WORK keeps the network.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +20,13 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from fbnas.commands.parts import card_for
-from fbnas.export import export_onnx
 from fbnas.export.regions import Regions
-from fbnas.export.stream import Stream
 from fbnas.latency import Device
-from fbnas.space import Architecture, SearchSpace, build_network
-from fbnas.training import Data, TrainingSettings, load_data, train
+from fbnas.space import SearchSpace
+from fbnas.training import load_data
 
 sys.path.append(str(Path(__file__).parents[1]))
-from measure import pixels
+from measure import in_rounds, network_file, pixels
 from steps import circumstances
 
 HERE = Path(__file__).parent
@@ -39,20 +34,6 @@ SIZE, THING, STEP, NOISE = 224, 48, 6, 2.0
 THRESHOLD = 4.0
 PLACES = (None, 0.2, 0.4, 0.6, 0.8)  # None: no regions
 WAYS = [(0.0, None), *((THRESHOLD, place) for place in PLACES)]
-
-
-def network_file(work: Path, data: Data, space: SearchSpace, epochs: int) -> Path:
-    """Train a middling network of the space, once."""
-    path = work / "model.onnx"
-    if not path.is_file():
-        architecture = Architecture(("k3_e3",) * len(space.layers), space.name)
-        torch.manual_seed(0)
-        network = build_network(space, architecture, classes=data.classes)
-        settings = TrainingSettings(epochs=epochs, augment={"flip": True})
-        found = train(network, data, settings=settings, out=work / "train", resume=True)
-        print(f"validation accuracy {found.validation_accuracy:.4f}", flush=True)
-        export_onnx(network, path, card=card_for(space, architecture, data))
-    return path
 
 
 def video(images: np.ndarray, frames: int, seed: int) -> list[np.ndarray]:
@@ -71,34 +52,16 @@ def video(images: np.ndarray, frames: int, seed: int) -> list[np.ndarray]:
 
 
 def measured(path: Path, frames: list[np.ndarray], labels: np.ndarray, rounds: int) -> pd.DataFrame:
-    seconds: list[list[float]] = [[] for _ in WAYS]
-    answers: dict[int, np.ndarray] = {}
-    streams: dict[int, Stream] = {}
-    for _ in range(rounds):
-        for number, (threshold, place) in enumerate(WAYS):
-            stream = streams[number] = Stream.load(path, threshold=threshold, regions=place)
-            started = time.perf_counter()
-            answers[number] = np.array([stream(frame).scores.argmax() for frame in frames])
-            seconds[number].append(time.perf_counter() - started)
-    rows = []
-    for number, (threshold, _) in enumerate(WAYS):
-        run, ms = streams[number].run, [1e3 * x / len(frames) for x in seconds[number]]
-        regions = run if isinstance(run, Regions) else None
-        rows.append(
-            {
-                "threshold": threshold,
-                "regions": np.nan if regions is None else regions.share,
-                "stride": np.nan if regions is None else regions.reach.stride,
-                "radius": np.nan if regions is None else regions.reach.radius,
-                "work": 1 - streams[number].saving,
-                "accuracy": float((answers[number] == labels).mean()),
-                "agreement": float((answers[number] == answers[0]).mean()),
-                "ms_per_frame": statistics.median(ms),
-                "ms_from": min(ms),
-                "ms_to": max(ms),
-            }
-        )
-    return pd.DataFrame(rows)
+    ways = [{"threshold": threshold, "regions": place} for threshold, place in WAYS]
+    streams, rows = in_rounds(path, frames, labels, ways, rounds)
+    parts = [stream.run if isinstance(stream.run, Regions) else None for stream in streams]
+    about = {
+        "threshold": [threshold for threshold, _ in WAYS],
+        "regions": [np.nan if part is None else part.share for part in parts],
+        "stride": [np.nan if part is None else part.reach.stride for part in parts],
+        "radius": [np.nan if part is None else part.reach.radius for part in parts],
+    }
+    return pd.concat([pd.DataFrame(about), rows.rename(columns={"computed": "work"})], axis=1)
 
 
 def main() -> None:
@@ -116,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     space = SearchSpace.load(arguments.space)
     data = load_data("image_folder", path=str(arguments.imagenette), resize=True, space=space)
-    path = network_file(arguments.work, data, space, arguments.epochs)
+    path = network_file(arguments.work, data, space, arguments.epochs, {"flip": True})
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     chosen = order[: arguments.images]
     labels = np.repeat(data.test.labels[chosen].numpy(), arguments.frames)
