@@ -66,9 +66,8 @@ class WeightSharing(Method):
             takes a rate as many times lower as weights share a value; scaled_sum, the same over
             the weights that share one on average in the layer, which takes the rate of any
             fine-tuning; or mean over its weights. At 3 bits a network for digits of 93.0 % came to
-            94.8 % by the scaled sum and 94.5 % by the mean at rate 0.02, and to 94.6 % by the sum
-            at 0.002; at 2 bits to 87.2, 87.6 and 82.9 % (means of six orders of the images,
-            deviations 0.3 to 0.9).
+            94.5 % by the scaled sum and 94.3 % by the mean at rate 0.02, and to 94.4 % by the sum
+            at 0.002; at 2 bits to 87.0, 86.9 and 81.1 % (scripts/weight_sharing).
     """
 
     NAME: ClassVar[str] = "weight_sharing"
